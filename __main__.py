@@ -1,0 +1,5 @@
+"""`python -m trailmed`."""
+
+from .cli import main
+
+main()
