@@ -8,7 +8,7 @@ from statistics import NormalDist
 
 import mpmath
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trailmed.errors import TrailmedError
@@ -34,6 +34,7 @@ def test_published_intervals(successes: int, n: int, low: float, high: float, ex
     assert clopper_pearson_upper(successes, n, 0.975) == pytest.approx(exact_high, abs=5.1e-5)
 
 
+@settings(deadline=None)
 @given(COUNTS, CONFIDENCES)
 def test_wilson_ends_solve_the_score_equation_and_hold_the_point_estimate(counts: tuple[int, int], confidence: float) -> None:
     successes, n = counts
@@ -45,6 +46,7 @@ def test_wilson_ends_solve_the_score_equation_and_hold_the_point_estimate(counts
     assert interval.high - interval.low > 0.0
 
 
+@settings(deadline=None)
 @given(COUNTS, CONFIDENCES)
 def test_wilson_mirrors_and_grows_with_successes(counts: tuple[int, int], confidence: float) -> None:
     successes, n = counts
@@ -86,6 +88,7 @@ def test_mcnemar_hand_cases() -> None:
     assert mcnemar_exact(0, 18) == pytest.approx(2.0**-17)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 300), st.integers(0, 300))
 def test_mcnemar_is_a_probability_symmetric_and_falls_as_the_table_tilts(first: int, second: int) -> None:
     p = mcnemar_exact(first, second)
@@ -106,11 +109,13 @@ def test_clopper_pearson_leaves_exactly_the_promised_tail(successes: int, n: int
         assert float(tail) == pytest.approx(1 - confidence, rel=1e-9)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 500), CONFIDENCES)
 def test_clopper_pearson_of_no_success_has_a_closed_form(n: int, confidence: float) -> None:
     assert clopper_pearson_upper(0, n, confidence) == pytest.approx(1 - (1 - confidence) ** (1 / n), rel=1e-9)
 
 
+@settings(deadline=None)
 @given(COUNTS, CONFIDENCES)
 def test_clopper_pearson_is_above_the_estimate_and_monotone(counts: tuple[int, int], confidence: float) -> None:
     successes, n = counts
@@ -146,6 +151,7 @@ def test_equivalence_needs_enough_pairs() -> None:
     assert not flip_rate_equivalence(8, 400, margin=0.02).equivalent
 
 
+@settings(deadline=None)
 @given(COUNTS, st.integers(1, 1000), CONFIDENCES)
 def test_equivalence_is_the_one_sided_test(counts: tuple[int, int], per_mille: int, confidence: float) -> None:
     """Equivalent exactly when so few flips would be rarer than 1 − confidence at a true rate of `margin`."""
