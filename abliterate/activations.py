@@ -1,0 +1,225 @@
+"""Activations at the last token(s) of each prompt: the residual stream after every layer, and the inputs of linear layers.
+
+No logits are ever computed: only the inner transformer runs, and forward hooks keep the few rows that are asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from ..errors import TrailmedError
+from ..progress import Advance, no_progress
+from .tensor_file import read_tensor, write_tensor
+
+TokenIds = Sequence[Sequence[int]]
+
+_FORMAT = 1
+_KIND = "activations"
+
+
+class HasModule(Protocol):
+    """Anything with a causal `PreTrainedModel` in eval mode, such as `LoadedModel`."""
+
+    @property
+    def module(self) -> Any: ...
+
+
+class _Header(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    format: int = Field(ge=_FORMAT, le=_FORMAT)
+    prompts_sha256: str = Field(pattern="^([0-9a-f]{64})?$")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Activations:
+    """The residual stream at the last token of n prompts.
+
+    `residual` is float32 [n, layers + 1, d] on the CPU: index 0 is the embeddings' output (what the first layer reads), index l the
+    stream after layer l, before the final norm. `prompts_sha256` names the prompts (hex, or "" when nobody said). Raises ValueError
+    for another shape or dtype, a malformed hash, or values that are no finite numbers.
+    """
+
+    residual: torch.Tensor
+    prompts_sha256: str = ""
+
+    def __post_init__(self) -> None:
+        if self.residual.ndim != 3 or self.residual.shape[1] < 2 or 0 in self.residual.shape:
+            raise ValueError(f"activations have the shape [n, layers + 1, d], not {list(self.residual.shape)}")
+        if self.residual.dtype != torch.float32:
+            raise ValueError(f"activations are float32, not {self.residual.dtype}")
+        if not torch.isfinite(self.residual).all():
+            raise ValueError("activations hold values that are no finite numbers")
+        _Header(format=_FORMAT, prompts_sha256=self.prompts_sha256)
+
+    @property
+    def layers(self) -> int:
+        """Number of layers (the stream has one entry more)."""
+        return self.residual.shape[1] - 1
+
+    def save(self, path: Path) -> None:
+        """Write safetensors with a JSON header: the same activations, the same bytes."""
+        write_tensor(path, _KIND, self.residual, _Header(format=_FORMAT, prompts_sha256=self.prompts_sha256))
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read what `save` wrote, trusting nothing in it. Raises `TrailmedError` for a missing, foreign or damaged file."""
+        return read_tensor(path, _KIND, _Header, lambda residual, header: cls(residual, header.prompts_sha256))
+
+
+def capture(
+    model: HasModule, token_ids: TokenIds, *, prompts_sha256: str = "", batch_tokens: int = 2048, progress: Advance = no_progress,
+) -> Activations:
+    """The residual stream of every layer at the last token of each prompt, in the order given; `progress` counts prompts.
+
+    Prompts run in batches of like length, at most `batch_tokens` tokens with padding, padded on the right: attention is causal, so
+    nothing a last token reads comes after it and no mask is needed (sliding-window layers included). The module may be in any dtype
+    and on any device.
+
+    Raises ValueError for no prompts or an empty one, `TrailmedError` when the model's activations are no finite numbers.
+    """
+    decoder = text_decoder(model.module)
+    layers = _layers(decoder)
+    _check_lengths(token_ids, 1)
+    residual = torch.empty(len(token_ids), len(layers) + 1, decoder.config.hidden_size)
+    rows: _Rows
+
+    def keep(index: int) -> Callable[..., None]:
+        def hook(_module: Any, _args: Any, output: torch.Tensor) -> None:
+            residual[rows.prompts, index] = rows.of(output)[:, 0]
+        return hook
+
+    def keep_embeddings(_module: Any, args: tuple[Any, ...]) -> None:
+        residual[rows.prompts, 0] = rows.of(args[0])[:, 0]
+
+    with ExitStack() as hooks:
+        hooks.enter_context(layers[0].register_forward_pre_hook(keep_embeddings))
+        for index, layer in enumerate(layers, start=1):
+            hooks.enter_context(layer.register_forward_hook(keep(index)))
+        for batch in length_batches([len(ids) for ids in token_ids], batch_tokens):
+            rows = _Rows(batch, token_ids, 1)
+            run_decoder(decoder, padded(token_ids, batch))
+            progress(len(batch))
+    _check_finite(residual)
+    return Activations(residual, prompts_sha256)
+
+
+def capture_inputs(
+    model: HasModule, token_ids: TokenIds, module_names: Sequence[str], *, positions: int = 1, batch_tokens: int = 2048,
+    progress: Advance = no_progress,
+) -> dict[str, torch.Tensor]:
+    """What the named linear layers read at the last token of each prompt: by name, float32 [n, d_in] on the CPU.
+
+    With `positions` > 1 at the last `positions` tokens, in their order: [n, positions, d_in] (token ids may well hold the beginning
+    of an answer after the prompt). A name may be the module's or that of its weight (`model.layers.3.mlp.down_proj.weight`); the
+    result is keyed by the names given. All results are held in memory: n · positions · Σ d_in · 4 bytes.
+
+    Batches and errors as in `capture`; ValueError also for a prompt shorter than `positions` and for an unknown name.
+    """
+    decoder = text_decoder(model.module)
+    _check_lengths(token_ids, positions)
+    modules = {name: _linear(model.module, name) for name in module_names}
+    inputs = {name: torch.empty(len(token_ids), positions, linear.in_features) for name, linear in modules.items()}
+    rows: _Rows
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(_module: Any, args: tuple[Any, ...]) -> None:
+            inputs[name][rows.prompts] = rows.of(args[0])
+        return hook
+
+    with ExitStack() as hooks:
+        for name, linear in modules.items():
+            hooks.enter_context(linear.register_forward_pre_hook(keep(name)))
+        for batch in length_batches([len(ids) for ids in token_ids], batch_tokens):
+            rows = _Rows(batch, token_ids, positions)
+            run_decoder(decoder, padded(token_ids, batch))
+            progress(len(batch))
+    for values in inputs.values():
+        _check_finite(values)
+    return {name: values[:, 0] if positions == 1 else values for name, values in inputs.items()}
+
+
+class _Rows:
+    """Which prompts a batch holds and which of its rows are kept: the last `positions` real tokens of each."""
+
+    def __init__(self, batch: Sequence[int], token_ids: TokenIds, positions: int) -> None:
+        self.prompts = torch.tensor(batch)
+        ends = torch.tensor([len(token_ids[prompt]) for prompt in batch])
+        self._columns = ends[:, None] + torch.arange(-positions, 0)
+        self._rows = torch.arange(len(batch))[:, None]
+
+    def of(self, hidden: torch.Tensor) -> torch.Tensor:
+        """float32 [batch, positions, d] on the CPU, a copy, of `hidden` [batch, tokens, d]."""
+        return hidden[self._rows.to(hidden.device), self._columns.to(hidden.device)].to("cpu", torch.float32)
+
+
+def text_decoder(module: Any) -> Any:
+    """The inner text transformer of a causal (or multimodal) `PreTrainedModel`: embeddings, layers and final norm, no output matrix."""
+    return module.get_decoder()
+
+
+def length_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+    """Indices in batches of like length, shortest first; a batch padded to its longest has at most `batch_tokens` tokens.
+
+    A prompt longer than that is a batch of its own. Raises ValueError unless `batch_tokens` is positive.
+    """
+    if batch_tokens < 1:
+        raise ValueError(f"a batch of {batch_tokens} tokens holds nothing")
+    batches: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda prompt: (lengths[prompt], prompt)):
+        if not batches or (len(batches[-1]) + 1) * lengths[index] > batch_tokens:
+            batches.append([])
+        batches[-1].append(index)
+    return batches
+
+
+def padded(token_ids: TokenIds, batch: Sequence[int]) -> torch.Tensor:
+    """int64 [len(batch), longest]: the prompts of `batch`, each padded on the right with its own last token.
+
+    Its own, because a token the model never saw may have values that overflow, and masking multiplies them by 0.
+    """
+    longest = max(len(token_ids[prompt]) for prompt in batch)
+    return torch.tensor([[*token_ids[prompt], *[token_ids[prompt][-1]] * (longest - len(token_ids[prompt]))] for prompt in batch])
+
+
+def run_decoder(decoder: Any, ids: torch.Tensor) -> None:
+    """One forward pass of the inner transformer over int64 [batch, tokens], nothing kept."""
+    with torch.no_grad():
+        decoder(input_ids=ids.to(next(decoder.parameters()).device), use_cache=False)
+
+
+def _layers(decoder: Any) -> Sequence[Any]:
+    layers: Sequence[Any] = decoder.layers[: decoder.config.num_hidden_layers]
+    return layers
+
+
+def _linear(module: Any, name: str) -> torch.nn.Linear:
+    try:
+        linear = module.get_submodule(name.removesuffix(".weight"))
+    except AttributeError:
+        raise ValueError(f"the model has no module {name!r}") from None
+    if not isinstance(linear, torch.nn.Linear):
+        raise ValueError(f"{name!r} is a {type(linear).__name__}, not a linear layer")
+    return linear
+
+
+def _check_lengths(token_ids: TokenIds, positions: int) -> None:
+    if positions < 1:
+        raise ValueError(f"cannot take the last {positions} tokens")
+    if not token_ids:
+        raise ValueError("no prompts to take activations of")
+    shortest = min(len(ids) for ids in token_ids)
+    if shortest < positions:
+        raise ValueError(f"a prompt has {shortest} tokens; the last {positions} are asked for")
+
+
+def _check_finite(values: torch.Tensor) -> None:
+    if not torch.isfinite(values).all():
+        raise TrailmedError("the model's activations are no finite numbers; load it in float32, or use another GGUF of it")

@@ -1,0 +1,297 @@
+"""The distilled edit: low-rank factors trained so that the model answers over-refused prompts as its ablated twin does, and everything
+else as it always did.
+
+Only factors B A beside the residual writers of the upper blocks are trained (LoRA: Hu et al. 2021, arXiv:2106.09685), on the KL
+divergence from a teacher's next-token distributions over the first answer tokens (Hinton et al. 2015, arXiv:1503.02531). Because the
+factors see the writer's *input*, they can tell a rip current from a poisoning, which a projection cannot. Training too long wears
+retention away, so validation prompts are answered after every part of an epoch and the best state is kept.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from ..errors import TrailmedError
+from ..progress import Advance, no_progress, progress_bar
+from .answers import greedy_answers
+from .directions import Directions
+from .edit import Edit, Factor
+from .observed import Observed, Role, role_of
+from .origin import EditOrigin
+from .project import COMPONENTS
+from .teacher import Lesson, lessons, may_start_at, output_logits, stock_refusal, upper_blocks, word_for_word
+from .twin import TwinChoice, ablated, choose_twin
+
+IsRefusal = Callable[[Sequence[int]], bool]
+"""The judge's word on an answer given as tokens."""
+
+_SMALLEST_MASS = 1e-6
+_WARM_UP_STEPS = 10
+_LAST_RATE = 0.1
+_LENGTH_JITTER = 12
+
+
+@dataclass(frozen=True, slots=True)
+class DistillSettings:
+    """How the factors are trained. Raises ValueError for a value out of range."""
+
+    rank: int = field(default=4, metadata={"help": "rank k of each tensor's edit"})
+    first_layer: float = field(default=1 / 3, metadata={"help": "share of the blocks, from the bottom, that is left alone"})
+    epochs: int = field(default=3, metadata={"help": "passes over the fit prompts"})
+    checks_per_epoch: int = field(default=1, metadata={"help": "how often an epoch is interrupted to answer the validation prompts"})
+    learning_rate: float = field(default=1e-3, metadata={"help": "Adam's peak learning rate"})
+    batch: int = field(default=16, metadata={"help": "prompts per step"})
+    answer_tokens: int = field(default=10, metadata={"help": "answer tokens whose distributions are matched"})
+    decay: float = field(default=0.7, metadata={"help": "weight of an answer token relative to the one before it"})
+    validation_tokens: int = field(default=16, metadata={"help": "tokens of each validation answer"})
+    over_refused_weight: float = field(default=1.5, metadata={"help": "weight of prompts that shall be answered"})
+    complied_weight: float = field(default=1.0, metadata={"help": "weight of answered prompts that shall stay so"})
+    harmful_weight: float = field(default=1.0, metadata={"help": "weight of refused harmful prompts that shall stay so"})
+    repair_weight: float = field(
+        default=0.6, metadata={"help": "weight of harmful prompts the base answers, taught to be refused; 0 leaves them out"},
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("rank", "epochs", "checks_per_epoch", "batch", "answer_tokens", "validation_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("over_refused_weight", "complied_weight", "harmful_weight", "repair_weight"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more")
+        if not 0 <= self.first_layer < 1:
+            raise ValueError(f"first_layer is {self.first_layer}; it is a share of the blocks, at least 0 and below 1")
+        if not (0 < self.decay <= 1 and 0 < self.learning_rate < 1):
+            raise ValueError("decay must be above 0 and at most 1, learning_rate between 0 and 1")
+
+    def weight(self, role: Role) -> float:
+        """The role's weight in the loss."""
+        return {
+            Role.OVER_REFUSED: self.over_refused_weight, Role.COMPLIED: self.complied_weight, Role.KEPT_REFUSED: self.complied_weight,
+            Role.HARMFUL_REFUSED: self.harmful_weight, Role.HARMFUL_COMPLIED: self.repair_weight,
+        }[role]
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """Validation counts after a part of the training: how many over-refusable and harmful prompts are refused now."""
+
+    step: int
+    benign_refused: int
+    benign: int
+    harmful_refused: int
+    harmful: int
+
+    def rank_against(self, base: Check) -> tuple[int, int, int]:
+        """Sort key, best first: harmful refusals the base had and this has not, then benign refusals, then fewest harmful answers."""
+        return max(0, base.harmful_refused - self.harmful_refused), self.benign_refused, -self.harmful_refused
+
+
+def distill(
+    model: Any, prompts: Sequence[Observed], validation: Sequence[Observed], removed: Collection[str], directions: Directions,
+    is_refusal: IsRefusal, origin: EditOrigin, settings: DistillSettings = DistillSettings(), *, progress: bool = True,
+) -> Edit:
+    """Train an edit on `prompts` that takes the refusals of the categories `removed` away, and keep the state best on `validation`.
+
+    `model` is a `LoadedModel`; its module is left as it was. The recipe records the settings, the twin's layer and every check. The
+    same inputs, seed (`origin.seed`), thread count and machine give the same edit.
+    Raises `TrailmedError` when the base over-refuses nothing in the removed categories, or its refusal does not yield to ablation.
+    """
+    module, end_ids = model.module, model.tokenizer.eos_ids
+    roles = [role_of(prompt, removed) for prompt in prompts]
+    over_refused = [prompt.token_ids for prompt, role in zip(prompts, roles, strict=True) if role is Role.OVER_REFUSED]
+    if not over_refused:
+        raise TrailmedError("the base refuses none of the fit prompts of the categories to remove; there is nothing to edit")
+    twin = choose_twin(module, directions, over_refused, end_ids, is_refusal)
+    first_block = round(settings.first_layer * len(module.model.layers))
+    taught = _all_lessons(
+        module, prompts, roles, directions.at(twin.layer)[0], may_start_at(module, first_block), end_ids, is_refusal, settings, progress,
+    )
+    base = _check(module, validation, removed, end_ids, is_refusal, settings, step=0)
+    torch.manual_seed(origin.seed)
+    factors = _fresh_factors(model, first_block, settings.rank)
+    best, checks = _train(
+        module, factors, taught, may_start_at(module, first_block), settings, origin.seed, base,
+        lambda step: _check(module, validation, removed, end_ids, is_refusal, settings, step=step), progress,
+    )
+    return origin.edit(
+        {name: Factor(b.float().numpy(), a.float().numpy()) for name, (b, a) in best.items()},
+        {
+            "method": "distill", **asdict(settings), "first_block": first_block, "twin": _twin_recipe(twin),
+            "checks": [asdict(base), *map(asdict, checks)], "lessons": {role: sum(each.role is role for each in taught) for role in Role},
+            "dtype": str(module.dtype).removeprefix("torch."),
+        },
+    )
+
+
+def distribution_loss(logits: torch.Tensor, log_probs: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """KL(teacher ‖ student) per position, float32 [n], in nats.
+
+    `logits` are the student's, float32 [n, vocabulary]; `log_probs` [n, k] and `tokens` [n, k] the teacher's most probable tokens. All
+    other tokens count as one outcome, which makes this a lower bound of the full divergence (the log-sum inequality).
+    """
+    student = logits.gather(1, tokens) - logits.logsumexp(-1, keepdim=True)
+    rest = (1 - log_probs.exp().sum(-1)).clamp_min(_SMALLEST_MASS)
+    student_rest = (1 - student.exp().sum(-1)).clamp_min(_SMALLEST_MASS)
+    return (log_probs.exp() * (log_probs - student)).sum(-1) + rest * (rest.log() - student_rest.log())
+
+
+@contextmanager
+def attached(module: Any, factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> Iterator[None]:
+    """While open, every linear layer named in `factors` (tensor name → B [d_out, k], A [k, d_in]) adds B A x to its output."""
+    handles = []
+
+    def adding(b: torch.Tensor, a: torch.Tensor) -> Callable[[Any, tuple[torch.Tensor, ...], torch.Tensor], torch.Tensor]:
+        def add(_layer: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+            x = inputs[0]
+            return output + functional.linear(functional.linear(x, a.to(x.dtype)), b.to(x.dtype))
+        return add
+
+    for name, (b, a) in factors.items():
+        handles.append(module.get_submodule(name.removesuffix(".weight")).register_forward_hook(adding(b, a)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _all_lessons(
+    module: Any, prompts: Sequence[Observed], roles: Sequence[Role], direction: torch.Tensor, first_block: int,
+    end_ids: Collection[int], is_refusal: IsRefusal, settings: DistillSettings, progress: bool,
+) -> list[Lesson]:
+    """Lessons in a fixed order; over-refused prompts that even the twin refuses are left out."""
+    count = settings.answer_tokens
+    refusal = stock_refusal(prompts)
+    staying, repairing, changing = [], [], []
+    for prompt, role in zip(prompts, roles, strict=True):
+        if role is Role.OVER_REFUSED:
+            changing.append((prompt, role))
+        elif role is not Role.HARMFUL_COMPLIED:
+            staying.append((prompt, role, prompt.answer[:count]))
+        elif settings.repair_weight > 0 and refusal:
+            repairing.append((prompt, role, refusal[:count]))
+    with progress_bar("lessons", len(staying) + len(repairing) + 2 * len(changing), enabled=progress) as advance:
+        taught = lessons(module, staying, first_block, progress=advance)
+        taught += [word_for_word(each, refusal) for each in lessons(module, repairing, first_block, progress=advance)]
+        with ablated(module, direction):
+            answers = greedy_answers(module, [prompt.token_ids for prompt, _ in changing], settings.validation_tokens, end_ids)
+            answered = [
+                (prompt, role, answer[:count])
+                for (prompt, role), answer in zip(changing, answers, strict=True) if not is_refusal(answer)
+            ]
+            by_twin = lessons(module, answered, first_block, progress=advance)
+        # The twin's distributions, but the stream the edited model will really see: the base's.
+        by_base = lessons(module, answered, first_block, progress=advance)
+    return taught + [
+        Lesson(said.id, said.role, seen.hidden, said.log_probs, said.tokens) for said, seen in zip(by_twin, by_base, strict=True)
+    ]
+
+
+def _fresh_factors(model: Any, first_block: int, rank: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """B zero and A random for every residual writer from `first_block` on: training starts at the base."""
+    weights = model.module.state_dict()
+    factors = {}
+    for block in range(first_block, len(model.module.model.layers)):
+        for name in model.architecture.residual_writers(block):
+            if name.split(".")[-2] in COMPONENTS:
+                d_out, d_in = weights[name].shape
+                a = torch.randn(rank, d_in) / math.sqrt(d_in)
+                factors[name] = (torch.zeros(d_out, rank, requires_grad=True), a.requires_grad_())
+    return factors
+
+
+def _train(
+    module: Any, factors: dict[str, tuple[torch.Tensor, torch.Tensor]], taught: Sequence[Lesson], first_block: int,
+    settings: DistillSettings, seed: int, base: Check, check: Callable[[int], Check], progress: bool,
+) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], list[Check]]:
+    """The factors at the best check, and all checks."""
+    parameters = [part for pair in factors.values() for part in pair]
+    optimizer = torch.optim.Adam(parameters, lr=settings.learning_rate, betas=(0.9, 0.98))
+    generator = random.Random(seed)
+    steps_per_epoch = math.ceil(len(taught) / settings.batch)
+    total = settings.epochs * steps_per_epoch
+    parts = settings.epochs * settings.checks_per_epoch
+    check_at = {round(total * part / parts) for part in range(1, parts + 1)}
+    best: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    checks: list[Check] = []
+    step = 0
+    with progress_bar("distilling", total, enabled=progress) as advance, attached(module, factors):
+        for _ in range(settings.epochs):
+            for batch in _batches(taught, settings.batch, generator):
+                for group in optimizer.param_groups:
+                    group["lr"] = settings.learning_rate * _schedule(step, total)
+                loss = _batch_loss(module, batch, first_block, settings)
+                optimizer.zero_grad()
+                loss.backward()  # type: ignore[no-untyped-call]
+                torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+                optimizer.step()
+                step += 1
+                advance(1)
+                if step in check_at:
+                    checks.append(check(step))
+                    if min(checks, key=lambda each: each.rank_against(base)) is checks[-1]:
+                        best = {name: (b.detach().clone(), a.detach().clone()) for name, (b, a) in factors.items()}
+    return best, checks
+
+
+def _schedule(step: int, total: int) -> float:
+    """Share of the peak learning rate: linear warm-up, then a half cosine down to `_LAST_RATE`."""
+    warm = min(1.0, (step + 1) / _WARM_UP_STEPS)
+    return warm * (_LAST_RATE + (1 - _LAST_RATE) * 0.5 * (1 + math.cos(math.pi * step / total)))
+
+
+def _batches(taught: Sequence[Lesson], size: int, generator: random.Random) -> list[list[Lesson]]:
+    """All lessons once, in batches of like length (little padding) and random company, in random order."""
+    keyed = sorted((len(lesson.hidden) + generator.random() * _LENGTH_JITTER, index) for index, lesson in enumerate(taught))
+    batches = [[taught[index] for _, index in keyed[start : start + size]] for start in range(0, len(keyed), size)]
+    generator.shuffle(batches)
+    return batches
+
+
+def _batch_loss(module: Any, batch: Sequence[Lesson], first_block: int, settings: DistillSettings) -> torch.Tensor:
+    width = max(len(lesson.hidden) for lesson in batch)
+    hidden = torch.zeros((len(batch), width, batch[0].hidden.shape[1]), dtype=module.dtype)
+    for row, lesson in enumerate(batch):
+        hidden[row, : len(lesson.hidden)] = lesson.hidden
+    with upper_blocks(module, first_block):
+        final = module.model(inputs_embeds=hidden, use_cache=False).last_hidden_state
+    ends = [(len(lesson.hidden) - 1, len(lesson.log_probs)) for lesson in batch]
+    logits = output_logits(module, torch.cat([final[row, end - count : end] for row, (end, count) in enumerate(ends)]))
+    losses = distribution_loss(
+        logits, torch.cat([lesson.log_probs for lesson in batch]), torch.cat([lesson.tokens for lesson in batch]),
+    )
+    weights = torch.cat([settings.weight(lesson.role) * token_weights(len(lesson.log_probs), settings.decay) for lesson in batch])
+    return (losses * weights).sum() / len(batch)
+
+
+def token_weights(count: int, decay: float) -> torch.Tensor:
+    """float32 [count], summing to 1: each answer token's share of a prompt's loss. The first ones decide between help and refusal."""
+    weights = decay ** torch.arange(count)
+    return weights / weights.sum()
+
+
+def _check(
+    module: Any, validation: Sequence[Observed], removed: Collection[str], end_ids: Collection[int], is_refusal: IsRefusal,
+    settings: DistillSettings, *, step: int, progress: Advance = no_progress,
+) -> Check:
+    watched = [prompt for prompt in validation if prompt.should_refuse or prompt.category in removed]
+    answers = greedy_answers(module, [prompt.token_ids for prompt in watched], settings.validation_tokens, end_ids, progress=progress)
+    refused = [is_refusal(answer) for answer in answers]
+    harmful = [word for prompt, word in zip(watched, refused, strict=True) if prompt.should_refuse]
+    benign = [word for prompt, word in zip(watched, refused, strict=True) if not prompt.should_refuse]
+    return Check(step, sum(benign), len(benign), sum(harmful), len(harmful))
+
+
+def _twin_recipe(twin: TwinChoice) -> dict[str, Any]:
+    return {
+        "layer": twin.layer, "asked": twin.asked,
+        "refused_by_layer": {str(layer): count for layer, count in twin.refused_by_layer.items()},
+    }
