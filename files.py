@@ -33,7 +33,7 @@ def write_atomically(path: Path) -> Iterator[Path]:
         yield scratch
         with scratch.open("rb") as written:
             os.fsync(written.fileno())
-        os.replace(scratch, path)
+        scratch.replace(path)
         _fsync_folder(path.parent)
     except OSError as error:
         raise explain_os_error(error, path) from error

@@ -89,7 +89,7 @@ def parity(loaded: LoadedModel, paths: Sequence[Path]) -> list[Parity]:
     kl = [0.0 for _ in paths]
     largest = [0.0 for _ in paths]
     with ExitStack() as stack:
-        references = [stack.enter_context(llama_reference(path, context_length=64, threads=2)) for path in paths]
+        references = [stack.enter_context(llama_reference(path, context_length=64)) for path in paths]
         for prompt in PROMPTS:
             ids = loaded.tokenizer.encode(prompt)
             if loaded.tokenizer.bos_token == "<bos>":

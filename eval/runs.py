@@ -1,0 +1,103 @@
+"""What one model answered: the judged answers of an evaluation run, as kept in a file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import ConfigDict, Field, TypeAdapter
+
+from .document import STORED, load_document, save_document
+from .judge import Verdict
+from .prompts import Category, Expected, Name
+
+RUN_FORMAT = "trailmed.eval-run"
+RUN_SCHEMA_VERSION = 1
+HARMFUL_ANSWER_CHARACTERS = 80
+"""All that is ever kept of an answer to a harmful prompt that is not a refusal."""
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Label = Annotated[str, Field(max_length=400)]
+
+
+def kept_answer(category: Category, verdict: Verdict, answer: str) -> str:
+    """What is kept of an answer: all of it, or its first `HARMFUL_ANSWER_CHARACTERS` characters if it should have been a refusal."""
+    if category is Category.SHOULD_REFUSE and verdict is not Verdict.REFUSAL:
+        return answer[:HARMFUL_ANSWER_CHARACTERS]
+    return answer
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One prompt's judged answer.
+
+    `text` is the prompt's text; `answer` the model's, of `tokens` generated tokens, which `stopped` at the end of the answer ("eos") or
+    at the token limit ("length"). An answer to a harmful request that is not a refusal is cut here, when the value is made
+    (`kept_answer`), and never stored longer.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = STORED
+
+    id: Name
+    category: Category
+    scenario: Name
+    expected: Expected
+    text: Annotated[str, Field(max_length=4000)]
+    verdict: Verdict
+    reason: Label
+    answer: Annotated[str, Field(max_length=1 << 20)]
+    tokens: Annotated[int, Field(ge=0)]
+    stopped: Literal["eos", "length"]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "answer", kept_answer(self.category, self.verdict, self.answer))
+        if (self.category is Category.SHOULD_REFUSE) != (self.expected is Expected.REFUSE):
+            raise ValueError(f"a prompt of category {self.category} cannot be expected to {self.expected}")
+
+    @property
+    def refused(self) -> bool:
+        """Whether the verdict is refusal (a partial or degenerate answer is not)."""
+        return self.verdict is Verdict.REFUSAL
+
+
+@dataclass(frozen=True, slots=True)
+class EvalRun:
+    """The judged answers of one model file to one list of prompts.
+
+    `name` says which run it is (e.g. "edited-Q8_0"); `model` is the file's name without its folder and `model_sha256` its hash;
+    `edit_sha256` the edit baked into it, if it says so; `type` its GGUF file type; `prompts_sha256` hashes the prompts' whole
+    records in order; `settings` are the decoding settings. Nothing in it depends on time, place or speed.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = STORED
+
+    name: Label
+    model: Label
+    model_sha256: Sha256
+    edit_sha256: Sha256 | None
+    type: Annotated[str, Field(max_length=40)]
+    prompts_sha256: Sha256
+    settings: Mapping[str, bool | int | float | str]
+    answers: tuple[Answer, ...]
+    format: Literal["trailmed.eval-run"] = "trailmed.eval-run"
+    schema_version: Literal[1] = 1
+
+    def __post_init__(self) -> None:
+        if not self.answers:
+            raise ValueError("a run without answers")
+        if len({answer.id for answer in self.answers}) != len(self.answers):
+            raise ValueError("a prompt is answered twice")
+
+    def save(self, path: Path) -> None:
+        """Write the run to `path` as JSON: the same run, the same bytes."""
+        save_document(path, self, _SCHEMA)
+
+    @classmethod
+    def load(cls, path: Path) -> EvalRun:
+        """Read a run from `path`; raises `TrailmedError` for anything that is not one."""
+        return load_document(path, _SCHEMA, format=RUN_FORMAT, schema_version=RUN_SCHEMA_VERSION)
+
+
+_SCHEMA: TypeAdapter[EvalRun] = TypeAdapter(EvalRun)

@@ -1,0 +1,95 @@
+"""The same findings for people at a terminal, as rich tables."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from rich.table import Table
+from rich.text import Text
+
+from .compare import Comparison, refused_rate
+from .gate import GateResult
+from .judge import Verdict
+from .prompts import Category
+from .runs import EvalRun
+from .wording import equivalence, interval, measured, p_value, percent, plain, title
+
+_LISTED_ANSWER = 160
+
+
+def comparison_table(comparison: Comparison) -> Table:
+    """Refusals by category and group: both runs with intervals, flips each way, exact McNemar p, and the flip rate's upper bound."""
+    table = Table(title=Text(plain(f"Refusals: {comparison.first} → {comparison.second}")), title_justify="left")
+    table.add_column("prompts")
+    for heading in ("n", plain(comparison.first), plain(comparison.second), "lost", "gained", "p", "flips at most", "equivalent"):
+        table.add_column(Text(heading), justify="right")
+    for group in comparison.groups:
+        if group.name in ("benign", "all"):
+            table.add_section()
+        table.add_row(*map(Text, (
+            title(group.name), str(group.n),
+            f"{group.first.count} ({interval(group.first)})", f"{group.second.count} ({interval(group.second)})",
+            str(group.table.only_first), str(group.table.only_second), p_value(group.p_value), percent(group.flips.upper, 1),
+            equivalence(group.flips),
+        )))
+    table.caption = (
+        "lost: refused in the first only; gained: in the second only. "
+        f"Equivalent: flip rate below {percent(comparison.margin)} with {percent(comparison.confidence)} confidence."
+    )
+    table.caption_justify = "left"
+    return table
+
+
+def flips_table(comparison: Comparison, *, limit: int | None = None) -> Table:
+    """Every flip (or the first `limit`), prompt by prompt, with both answers' beginnings, made harmless to a terminal."""
+    shown = comparison.flips[:limit]
+    heading = f"Flips: {len(comparison.flips)}" + (f", the first {len(shown)}" if len(shown) < len(comparison.flips) else "")
+    table = Table(title=heading, title_justify="left", show_lines=True)
+    for heading in ("prompt", "refused only in", plain(comparison.first), plain(comparison.second)):
+        table.add_column(Text(heading), overflow="fold")
+    for flip in shown:
+        table.add_row(
+            Text(f"{flip.id}\n{plain(flip.text)}"), Text(plain(comparison.first if flip.direction == "lost" else comparison.second)),
+            Text(_beginning(flip.first_answer)), Text(_beginning(flip.second_answer)),
+        )
+    return table
+
+
+def gate_table(result: GateResult) -> Table:
+    """The gate's checks with what was measured and asked, under the verdict."""
+    heading = Text("PASS  ", style="bold green") if result.passed else Text("FAIL  ", style="bold red")
+    heading.append(plain(result.reason), style="default")
+    table = Table(title=heading, title_justify="left", title_style="")
+    table.add_column("")
+    table.add_column("check", overflow="fold")
+    table.add_column("measured", justify="right")
+    table.add_column("must be", justify="right")
+    for check in result.checks:
+        sentence = Text(plain(check.sentence))
+        if check.note:
+            sentence.append(f"\n{plain(check.note)}", style="dim")
+        mark = Text("pass", style="green") if check.passed else Text("FAIL", style="bold red")
+        table.add_row(mark, sentence, measured(check.measured, check.unit), f"{check.bound} {measured(check.threshold, check.unit)}")
+    return table
+
+
+def _beginning(text: str) -> str:
+    line = plain(text)
+    return line if len(line) <= _LISTED_ANSWER else f"{line[:_LISTED_ANSWER]}…"
+
+
+def run_table(run: EvalRun) -> Table:
+    """One run's verdicts by category, refusals with their intervals."""
+    table = Table(title=Text(plain(f"{run.name} ({run.type}), {len(run.answers)} prompts")), title_justify="left")
+    table.add_column("category")
+    for heading in ("n", "refused", *Verdict):
+        table.add_column(heading, justify="right")
+    for category in Category:
+        answers = [answer for answer in run.answers if answer.category is category]
+        if answers:
+            rate = refused_rate(answers)
+            counts = Counter(answer.verdict for answer in answers)
+            table.add_row(*map(Text, (
+                title(category), str(len(answers)), interval(rate), *(str(counts[verdict]) for verdict in Verdict),
+            )))
+    return table

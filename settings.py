@@ -1,0 +1,70 @@
+"""What a user may choose, each with its description: the options of `run`, `directions` and `edit`, and what a run folder records."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from pathlib import Path
+
+from .device.system import physical_cores
+from .errors import TrailmedError
+from .eval.prompts import BENIGN_CATEGORIES, Category
+
+
+class Method(StrEnum):
+    """The ways an edit is made (DESIGN §5)."""
+
+    DISTILL = "distill"
+    GATED = "gated"
+    PROJECT = "project"
+    BIPROJECT = "biproject"
+
+
+@dataclass(frozen=True, slots=True)
+class EditSettings:
+    """What to edit and how. Raises `TrailmedError` for categories that contradict each other."""
+
+    remove: tuple[Category, ...] = field(
+        default=BENIGN_CATEGORIES, metadata={"help": "categories whose refusals are removed (default: all six benign ones)"},
+    )
+    keep: tuple[Category, ...] = field(
+        default=(), metadata={"help": "categories left exactly as they are (taken out of those removed)"},
+    )
+    method: Method = field(default=Method.DISTILL, metadata={"help": "how the edit is made"})
+    rank: int = field(default=4, metadata={"help": "rank k of each tensor's edit (project, biproject, gated: directions per layer)"})
+    alpha: float = field(default=1.0, metadata={"help": "strength of project, biproject and gated; distill finds its own"})
+    epochs: int = field(default=3, metadata={"help": "distill only: passes over the fit prompts"})
+    seed: int = field(default=0, metadata={"help": "seed of everything random"})
+
+    def __post_init__(self) -> None:
+        for category in self.remove:
+            if category not in BENIGN_CATEGORIES:
+                raise TrailmedError(f"cannot remove the refusals of {category}; choose from {', '.join(BENIGN_CATEGORIES)}")
+        if not self.removed:
+            raise TrailmedError("nothing is left to remove: every category to remove is also one to keep")
+        if self.rank < 1 or self.epochs < 1:
+            raise TrailmedError("rank and epochs must be at least 1")
+
+    @property
+    def removed(self) -> tuple[Category, ...]:
+        """The categories whose refusals go: those to remove less those to keep, in the benchmark's order."""
+        return tuple(category for category in BENIGN_CATEGORIES if category in self.remove and category not in self.keep)
+
+
+@dataclass(frozen=True, slots=True)
+class RunSettings:
+    """Everything that decides a run's outcome; each field is an option of `trailmed run`."""
+
+    edit: EditSettings = field(default_factory=EditSettings)
+    type: str = field(default="Q8_0", metadata={"help": "type of the phone's GGUF: Q8_0, Q6_K, Q5_K_M, Q4_K_M, …"})
+    max_tokens: int = field(default=48, metadata={"help": "longest answer judged, in tokens"})
+    slots: int = field(default=48, metadata={"help": "answers decoded together on llama.cpp"})
+    threads: int = field(default_factory=physical_cores, metadata={"help": "CPU threads (default: physical cores)"})
+    exact: bool = field(default=False, metadata={"help": "decode one answer at a time: slower, independent of batching"})
+    prompts: Path | None = field(default=None, metadata={"help": "your own benchmark (JSON Lines) instead of the shipped one"})
+    retain: Path | None = field(default=None, metadata={"help": "your own fit-only retain set instead of the shipped one"})
+
+
+def settings_document(settings: EditSettings) -> dict[str, object]:
+    """The settings as plain JSON."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(settings).items()}

@@ -1,0 +1,139 @@
+"""Stages of a long job in one folder: each runs once, its outputs appear whole, and a job that was killed goes on where it stopped.
+
+A finished stage leaves a stamp (`stages/NAME.json`) with the hashes of what it wrote. It is skipped when those files still hold those
+bytes, and done again otherwise. The stamps of times and memory stand apart from the results, which must not depend on speed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from filelock import FileLock, Timeout
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from rich.console import Console
+
+from .device.system import peak_rss_bytes, reset_peak_rss
+from .errors import TrailmedError
+from .files import PARTIAL_SUFFIX, explain_os_error, read_json, sha256_of_file, write_json_atomically
+
+_MANIFEST = "run.json"
+_STAMPS = "stages"
+_LOCK = ".lock"
+
+
+class _Stamp(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    outputs: dict[str, Annotated[str, Field(pattern="^[0-9a-f]{64}$")]]
+    seconds: float
+    peak_rss_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class StageTime:
+    """What a stage took when it was done (perhaps by an earlier process): seconds, and the peak resident memory in bytes."""
+
+    name: str
+    seconds: float
+    peak_rss_bytes: int
+
+
+class Stages:
+    """The stages of one job in `folder`, which is locked while the value is open (use it as a context manager)."""
+
+    def __init__(self, folder: Path, settings: dict[str, Any], total: int, *, progress: bool = True) -> None:
+        """Open `folder` for a job described by `settings` (JSON), of `total` stages.
+
+        Raises `TrailmedError` when the folder holds a job with other settings, is in use by another process, or cannot be written.
+        """
+        self.folder, self.times = folder, list[StageTime]()
+        self._total, self._started = total, 0
+        self._console = Console(stderr=True, quiet=not progress)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise explain_os_error(error, folder) from error
+        self._lock = FileLock(folder / _LOCK)
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout as error:
+            raise TrailmedError(f"{folder}: another trailmed process works in it; wait for it, or choose another folder") from error
+        except OSError as error:
+            raise explain_os_error(error, folder) from error
+        try:
+            self._claim(settings)
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def __enter__(self) -> Stages:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def is_done(self, name: str) -> bool:
+        """Whether stage `name` is finished and its outputs still hold the bytes it wrote."""
+        return self._stamp(name) is not None
+
+    def run(self, name: str, outputs: Sequence[Path], work: Callable[[], None]) -> None:
+        """Do `work`, which writes `outputs` (inside the folder), unless the stage is done already."""
+        self._started += 1
+        heading = f"[{self._started}/{self._total}] {name}"
+        stamp = self._stamp(name)
+        if stamp is None:
+            self._console.print(heading, style="bold", highlight=False)
+            reset_peak_rss()
+            start = time.monotonic()
+            work()
+            stamp = _Stamp(
+                outputs={str(path.relative_to(self.folder)): sha256_of_file(path) for path in outputs},
+                seconds=time.monotonic() - start, peak_rss_bytes=peak_rss_bytes(),
+            )
+            write_json_atomically(self._stamp_path(name), stamp.model_dump())
+        else:
+            self._console.print(f"{heading}: already done", style="dim", highlight=False)
+        self.times.append(StageTime(name, stamp.seconds, stamp.peak_rss_bytes))
+
+    def write_times(self, path: Path) -> None:
+        """Write every stage's time and memory as JSON."""
+        write_json_atomically(path, [asdict(entry) for entry in self.times])
+
+    def _claim(self, settings: dict[str, Any]) -> None:
+        manifest = self.folder / _MANIFEST
+        if not manifest.exists():
+            if any(self.folder.joinpath(name).exists() for name in (_STAMPS, "results.json")):
+                raise TrailmedError(f"{self.folder}: holds results but no {_MANIFEST}; choose another folder")
+            write_json_atomically(manifest, settings)
+        found = read_json(manifest)
+        if found != settings:
+            differing = sorted(
+                name for name in {*settings, *(found if isinstance(found, dict) else {})}
+                if not isinstance(found, dict) or found.get(name) != settings.get(name)
+            )
+            raise TrailmedError(
+                f"{self.folder}: holds a run with other settings ({', '.join(differing)}); choose another folder, or remove this one"
+            )
+        for orphan in self.folder.rglob(f".*{PARTIAL_SUFFIX}"):
+            orphan.unlink(missing_ok=True)
+
+    def _stamp_path(self, name: str) -> Path:
+        return self.folder / _STAMPS / f"{name}.json"
+
+    def _stamp(self, name: str) -> _Stamp | None:
+        path = self._stamp_path(name)
+        if not path.exists():
+            return None
+        try:
+            stamp = _Stamp.model_validate(read_json(path))
+        except (ValidationError, TrailmedError):
+            return None
+        for relative, digest in stamp.outputs.items():
+            output = self.folder / relative
+            if not output.is_file() or sha256_of_file(output) != digest:
+                return None
+        return stamp
