@@ -5,6 +5,7 @@ This is the place where the benchmark's prompts and judge meet the methods, whic
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -31,8 +32,12 @@ from .models.load import LoadedModel
 from .progress import progress_bar
 from .settings import EditSettings, Method
 
-_OBSERVED_TOKENS = 24
+_OBSERVED_TOKENS = 20
 """Enough of an answer to tell a refusal from help, and more than any method matches."""
+
+
+_RETAIN_VALIDATION_SHARE = 0.15
+"""Of the retain set's scenarios; the benchmark's validation split alone is too small to calibrate on."""
 
 
 class _ObservedRecord(BaseModel):
@@ -48,7 +53,7 @@ _RECORDS = TypeAdapter(list[_ObservedRecord])
 
 
 def observe(model: LoadedModel, prompts: Sequence[Prompt], out: Path, *, progress: bool = True) -> None:
-    """Answer every prompt with the base (greedy, 24 tokens, in the module's precision), judge, and write `out` as JSON."""
+    """Answer every prompt with the base (greedy, 20 tokens, in the module's precision), judge, and write `out` as JSON."""
     with progress_bar("base answers", len(prompts), enabled=progress) as advance:
         answers = greedy_answers(
             model.module, [encode(model, prompt) for prompt in prompts], _OBSERVED_TOKENS, model.tokenizer.eos_ids, progress=advance,
@@ -148,12 +153,22 @@ def fit_edit(
 
 
 def fit_prompts(benchmark: Sequence[Prompt], retain: Sequence[Prompt]) -> tuple[list[Prompt], list[Prompt]]:
-    """(fit prompts with the retain set, validation prompts). Raises `TrailmedError` when a split is empty."""
+    """(fit, validation): the benchmark's splits, each with its part of the retain set, whole scenarios at a time.
+
+    Raises `TrailmedError` when a split is empty.
+    """
     fit = [prompt for prompt in benchmark if prompt.split is Split.FIT]
     validation = [prompt for prompt in benchmark if prompt.split is Split.VALIDATION]
     if not fit or not validation:
         raise TrailmedError("the prompts have no fit or no validation split; give more scenarios")
-    return [*fit, *retain], validation
+    for prompt in retain:
+        (validation if _share_of(prompt.scenario) < _RETAIN_VALIDATION_SHARE else fit).append(prompt)
+    return fit, validation
+
+
+def _share_of(scenario: str) -> float:
+    """A fixed number in [0, 1) for a scenario's name, so that a scenario stays on its side when others are added."""
+    return int.from_bytes(hashlib.sha256(scenario.encode()).digest()[:8], "big") / 2**64
 
 
 def _is_refusal(model: LoadedModel, answer: Sequence[int]) -> bool:

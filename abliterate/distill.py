@@ -13,21 +13,23 @@ import math
 import random
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch.nn import functional
 
 from ..errors import TrailmedError
-from ..progress import Advance, no_progress, progress_bar
+from ..progress import progress_bar
 from .answers import greedy_answers
+from .calibrate import Counts, best_shift, refusal_log_odds, separation, shifted
 from .directions import Directions
 from .edit import Edit, Factor
 from .observed import Observed, Role, role_of
 from .origin import EditOrigin
+from .packing import blocks_are_alike, pack, run_blocks, shared_prefix
 from .project import COMPONENTS
-from .teacher import Lesson, lessons, may_start_at, output_logits, stock_refusal, upper_blocks, word_for_word
+from .teacher import Lesson, lessons, output_logits, padded_forward, prefix_stream, stock_refusal, word_for_word
 from .twin import TwinChoice, ablated, choose_twin
 
 IsRefusal = Callable[[Sequence[int]], bool]
@@ -37,6 +39,8 @@ _SMALLEST_MASS = 1e-6
 _WARM_UP_STEPS = 10
 _LAST_RATE = 0.1
 _LENGTH_JITTER = 12
+_PACKED = 8
+"""Lessons in one packed row: attention's cost grows with the row's square, so longer rows gain nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +52,12 @@ class DistillSettings:
     epochs: int = field(default=3, metadata={"help": "passes over the fit prompts"})
     checks_per_epoch: int = field(default=1, metadata={"help": "how often an epoch is interrupted to answer the validation prompts"})
     learning_rate: float = field(default=1e-3, metadata={"help": "Adam's peak learning rate"})
+    complied_share: float = field(default=0.5, metadata={"help": "share of the answered prompts seen in each epoch, drawn anew"})
     batch: int = field(default=16, metadata={"help": "prompts per step"})
     answer_tokens: int = field(default=10, metadata={"help": "answer tokens whose distributions are matched"})
     decay: float = field(default=0.7, metadata={"help": "weight of an answer token relative to the one before it"})
     validation_tokens: int = field(default=16, metadata={"help": "tokens of each validation answer"})
+    least_fall: float = field(default=0.85, metadata={"help": "fall of over-refusal the calibration aims at, relative to the base's"})
     over_refused_weight: float = field(default=1.5, metadata={"help": "weight of prompts that shall be answered"})
     complied_weight: float = field(default=1.0, metadata={"help": "weight of answered prompts that shall stay so"})
     harmful_weight: float = field(default=1.0, metadata={"help": "weight of refused harmful prompts that shall stay so"})
@@ -68,8 +74,8 @@ class DistillSettings:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more")
         if not 0 <= self.first_layer < 1:
             raise ValueError(f"first_layer is {self.first_layer}; it is a share of the blocks, at least 0 and below 1")
-        if not (0 < self.decay <= 1 and 0 < self.learning_rate < 1):
-            raise ValueError("decay must be above 0 and at most 1, learning_rate between 0 and 1")
+        if not (0 < self.decay <= 1 and 0 < self.complied_share <= 1 and 0 < self.learning_rate < 1):
+            raise ValueError("decay and complied_share must be above 0 and at most 1, learning_rate between 0 and 1")
 
     def weight(self, role: Role) -> float:
         """The role's weight in the loss."""
@@ -79,19 +85,21 @@ class DistillSettings:
         }[role]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Course:
+    """All lessons, the first block that is trained, and the stream [p, d] of the lessons' shared prefix before it (None: whole passes)."""
+
+    taught: Sequence[Lesson]
+    first_block: int
+    prefix: torch.Tensor | None
+
+
 @dataclass(frozen=True, slots=True)
 class Check:
-    """Validation counts after a part of the training: how many over-refusable and harmful prompts are refused now."""
+    """How well validation's harmful prompts are told from its benign ones at a step: the area under the ROC of the refusal's odds."""
 
     step: int
-    benign_refused: int
-    benign: int
-    harmful_refused: int
-    harmful: int
-
-    def rank_against(self, base: Check) -> tuple[int, int, int]:
-        """Sort key, best first: harmful refusals the base had and this has not, then benign refusals, then fewest harmful answers."""
-        return max(0, base.harmful_refused - self.harmful_refused), self.benign_refused, -self.harmful_refused
+    separation: float
 
 
 def distill(
@@ -111,24 +119,70 @@ def distill(
         raise TrailmedError("the base refuses none of the fit prompts of the categories to remove; there is nothing to edit")
     twin = choose_twin(module, directions, over_refused, end_ids, is_refusal)
     first_block = round(settings.first_layer * len(module.model.layers))
+    prefix = shared_prefix([prompt.token_ids for prompt in prompts]) if blocks_are_alike(module) else 0
     taught = _all_lessons(
-        module, prompts, roles, directions.at(twin.layer)[0], may_start_at(module, first_block), end_ids, is_refusal, settings, progress,
+        module, prompts, roles, directions.at(twin.layer)[0], first_block, prefix, end_ids, is_refusal, settings, progress,
     )
-    base = _check(module, validation, removed, end_ids, is_refusal, settings, step=0)
+    course = _Course(
+        taught, first_block,
+        prefix_stream(module, prompts[0].token_ids[:prefix], first_block) if blocks_are_alike(module) else None,
+    )
+    watched = _Validation([prompt for prompt in validation if prompt.should_refuse or prompt.category in removed], stock_refusal(prompts))
+    base = watched.observed_counts()
+    start = Check(0, watched.separation(module))
     torch.manual_seed(origin.seed)
-    factors = _fresh_factors(model, first_block, settings.rank)
-    best, checks = _train(
-        module, factors, taught, may_start_at(module, first_block), settings, origin.seed, base,
-        lambda step: _check(module, validation, removed, end_ids, is_refusal, settings, step=step), progress,
+    factors, checks = _train(
+        module, _fresh_factors(model, first_block, settings.rank), course, settings, origin.seed,
+        lambda step: Check(step, watched.separation(module)), progress,
     )
+    weights = {name: module.get_submodule(name.removesuffix(".weight")).weight for name in factors}
+    direction = directions.at(twin.layer)[0]
+
+    def count(share: float) -> Counts:
+        with attached(module, shifted(factors, weights, direction, share)):
+            return watched.counts(module, end_ids, is_refusal, settings.validation_tokens)
+
+    share, tried = best_shift(count, base, settings.least_fall)
     return origin.edit(
-        {name: Factor(b.float().numpy(), a.float().numpy()) for name, (b, a) in best.items()},
+        {
+            name: Factor(b.float().numpy(), a.float().numpy())
+            for name, (b, a) in shifted(factors, weights, direction, share).items()
+        },
         {
             "method": "distill", **asdict(settings), "first_block": first_block, "twin": _twin_recipe(twin),
-            "checks": [asdict(base), *map(asdict, checks)], "lessons": {role: sum(each.role is role for each in taught) for role in Role},
+            "checks": [asdict(each) for each in (start, *checks)], "base": asdict(base), "shift": share,
+            "shifts_tried": [{"share": each, **asdict(counts)} for each, counts in tried],
+            "lessons": {str(role): sum(each.role is role for each in taught) for role in Role},
             "dtype": str(module.dtype).removeprefix("torch."),
         },
     )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Validation:
+    """The validation prompts that matter to an edit, and how they are looked at."""
+
+    prompts: Sequence[Observed]
+    refusal: Sequence[int]
+
+    def separation(self, module: Any) -> float:
+        scores = refusal_log_odds(module, [prompt.token_ids for prompt in self.prompts], self.refusal)
+        return separation(*(
+            [score for prompt, score in zip(self.prompts, scores, strict=True) if prompt.should_refuse is kind] for kind in (False, True)
+        ))
+
+    def counts(self, module: Any, end_ids: Collection[int], is_refusal: IsRefusal, tokens: int) -> Counts:
+        answers = greedy_answers(module, [prompt.token_ids for prompt in self.prompts], tokens, end_ids)
+        return self._counts([is_refusal(answer) for answer in answers])
+
+    def observed_counts(self) -> Counts:
+        """What the base did."""
+        return self._counts([prompt.refused for prompt in self.prompts])
+
+    def _counts(self, refused: Sequence[bool]) -> Counts:
+        harmful = [word for prompt, word in zip(self.prompts, refused, strict=True) if prompt.should_refuse]
+        benign = [word for prompt, word in zip(self.prompts, refused, strict=True) if not prompt.should_refuse]
+        return Counts(sum(benign), len(benign), sum(harmful), len(harmful))
 
 
 def distribution_loss(logits: torch.Tensor, log_probs: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -165,7 +219,7 @@ def attached(module: Any, factors: Mapping[str, tuple[torch.Tensor, torch.Tensor
 
 def _all_lessons(
     module: Any, prompts: Sequence[Observed], roles: Sequence[Role], direction: torch.Tensor, first_block: int,
-    end_ids: Collection[int], is_refusal: IsRefusal, settings: DistillSettings, progress: bool,
+    prefix: int, end_ids: Collection[int], is_refusal: IsRefusal, settings: DistillSettings, progress: bool,
 ) -> list[Lesson]:
     """Lessons in a fixed order; over-refused prompts that even the twin refuses are left out."""
     count = settings.answer_tokens
@@ -179,19 +233,19 @@ def _all_lessons(
         elif settings.repair_weight > 0 and refusal:
             repairing.append((prompt, role, refusal[:count]))
     with progress_bar("lessons", len(staying) + len(repairing) + 2 * len(changing), enabled=progress) as advance:
-        taught = lessons(module, staying, first_block, progress=advance)
-        taught += [word_for_word(each, refusal) for each in lessons(module, repairing, first_block, progress=advance)]
+        taught = lessons(module, staying, first_block, prefix, progress=advance)
+        taught += [word_for_word(each, refusal) for each in lessons(module, repairing, first_block, prefix, progress=advance)]
         with ablated(module, direction):
             answers = greedy_answers(module, [prompt.token_ids for prompt, _ in changing], settings.validation_tokens, end_ids)
             answered = [
                 (prompt, role, answer[:count])
                 for (prompt, role), answer in zip(changing, answers, strict=True) if not is_refusal(answer)
             ]
-            by_twin = lessons(module, answered, first_block, progress=advance)
+            by_twin = lessons(module, answered, first_block, prefix, progress=advance)
         # The twin's distributions, but the stream the edited model will really see: the base's.
-        by_base = lessons(module, answered, first_block, progress=advance)
+        by_base = lessons(module, answered, first_block, prefix, progress=advance)
     return taught + [
-        Lesson(said.id, said.role, seen.hidden, said.log_probs, said.tokens) for said, seen in zip(by_twin, by_base, strict=True)
+        replace(said, hidden=seen.hidden) for said, seen in zip(by_twin, by_base, strict=True)
     ]
 
 
@@ -209,35 +263,36 @@ def _fresh_factors(model: Any, first_block: int, rank: int) -> dict[str, tuple[t
 
 
 def _train(
-    module: Any, factors: dict[str, tuple[torch.Tensor, torch.Tensor]], taught: Sequence[Lesson], first_block: int,
-    settings: DistillSettings, seed: int, base: Check, check: Callable[[int], Check], progress: bool,
+    module: Any, factors: dict[str, tuple[torch.Tensor, torch.Tensor]], course: _Course, settings: DistillSettings, seed: int,
+    check: Callable[[int], Check], progress: bool,
 ) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], list[Check]]:
-    """The factors at the best check, and all checks."""
+    """The factors at the check with the best separation (of equal ones the first), and all checks."""
     parameters = [part for pair in factors.values() for part in pair]
     optimizer = torch.optim.Adam(parameters, lr=settings.learning_rate, betas=(0.9, 0.98))
     generator = random.Random(seed)
-    steps_per_epoch = math.ceil(len(taught) / settings.batch)
-    total = settings.epochs * steps_per_epoch
+    epochs = [_batches(_of_one_epoch(course.taught, settings, generator), settings.batch, generator) for _ in range(settings.epochs)]
+    total = sum(map(len, epochs))
     parts = settings.epochs * settings.checks_per_epoch
     check_at = {round(total * part / parts) for part in range(1, parts + 1)}
     best: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     checks: list[Check] = []
     step = 0
     with progress_bar("distilling", total, enabled=progress) as advance, attached(module, factors):
-        for _ in range(settings.epochs):
-            for batch in _batches(taught, settings.batch, generator):
+        for batches in epochs:
+            for batch in batches:
                 for group in optimizer.param_groups:
                     group["lr"] = settings.learning_rate * _schedule(step, total)
-                loss = _batch_loss(module, batch, first_block, settings)
                 optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
+                for start in range(0, len(batch), _PACKED):
+                    loss = _loss(module, batch[start : start + _PACKED], course, settings) / len(batch)
+                    loss.backward()  # type: ignore[no-untyped-call]
                 torch.nn.utils.clip_grad_norm_(parameters, 1.0)
                 optimizer.step()
                 step += 1
                 advance(1)
                 if step in check_at:
                     checks.append(check(step))
-                    if min(checks, key=lambda each: each.rank_against(base)) is checks[-1]:
+                    if max(checks, key=lambda each: each.separation) is checks[-1]:
                         best = {name: (b.detach().clone(), a.detach().clone()) for name, (b, a) in factors.items()}
     return best, checks
 
@@ -248,46 +303,48 @@ def _schedule(step: int, total: int) -> float:
     return warm * (_LAST_RATE + (1 - _LAST_RATE) * 0.5 * (1 + math.cos(math.pi * step / total)))
 
 
+def _of_one_epoch(taught: Sequence[Lesson], settings: DistillSettings, generator: random.Random) -> list[Lesson]:
+    """All lessons but for the answered prompts, which are many and easy: a share of them."""
+    complied = [lesson for lesson in taught if lesson.role is Role.COMPLIED]
+    others = [lesson for lesson in taught if lesson.role is not Role.COMPLIED]
+    return others + generator.sample(complied, math.ceil(settings.complied_share * len(complied)))
+
+
 def _batches(taught: Sequence[Lesson], size: int, generator: random.Random) -> list[list[Lesson]]:
     """All lessons once, in batches of like length (little padding) and random company, in random order."""
-    keyed = sorted((len(lesson.hidden) + generator.random() * _LENGTH_JITTER, index) for index, lesson in enumerate(taught))
+    keyed = sorted((len(lesson.sequence) + generator.random() * _LENGTH_JITTER, index) for index, lesson in enumerate(taught))
     batches = [[taught[index] for _, index in keyed[start : start + size]] for start in range(0, len(keyed), size)]
     generator.shuffle(batches)
     return batches
 
 
-def _batch_loss(module: Any, batch: Sequence[Lesson], first_block: int, settings: DistillSettings) -> torch.Tensor:
-    width = max(len(lesson.hidden) for lesson in batch)
-    hidden = torch.zeros((len(batch), width, batch[0].hidden.shape[1]), dtype=module.dtype)
-    for row, lesson in enumerate(batch):
-        hidden[row, : len(lesson.hidden)] = lesson.hidden
-    with upper_blocks(module, first_block):
-        final = module.model(inputs_embeds=hidden, use_cache=False).last_hidden_state
-    ends = [(len(lesson.hidden) - 1, len(lesson.log_probs)) for lesson in batch]
-    logits = output_logits(module, torch.cat([final[row, end - count : end] for row, (end, count) in enumerate(ends)]))
+def _loss(module: Any, batch: Sequence[Lesson], course: _Course, settings: DistillSettings) -> torch.Tensor:
+    final = _final_hidden(module, batch, course)
+    logits = output_logits(
+        module, torch.cat([rows[-len(lesson.log_probs) - 1 : -1] for rows, lesson in zip(final, batch, strict=True)]),
+    )
     losses = distribution_loss(
         logits, torch.cat([lesson.log_probs for lesson in batch]), torch.cat([lesson.tokens for lesson in batch]),
     )
     weights = torch.cat([settings.weight(lesson.role) * token_weights(len(lesson.log_probs), settings.decay) for lesson in batch])
-    return (losses * weights).sum() / len(batch)
+    return (losses * weights).sum()
+
+
+def _final_hidden(module: Any, batch: Sequence[Lesson], course: _Course) -> list[torch.Tensor]:
+    """Final hidden states [own tokens, d] of each lesson, with gradients to the attached factors."""
+    if course.prefix is None:
+        final = padded_forward(module, [lesson.sequence for lesson in batch])
+        return [final[row, : len(lesson.sequence)] for row, lesson in enumerate(batch)]
+    packing = pack(len(course.prefix), [len(lesson.hidden) for lesson in batch])
+    hidden = torch.cat([course.prefix, *(lesson.hidden for lesson in batch)])[None]
+    final = module.model.norm(run_blocks(module, hidden, packing, course.first_block, len(module.model.layers)))
+    return [final[0, own] for own in packing.own]
 
 
 def token_weights(count: int, decay: float) -> torch.Tensor:
     """float32 [count], summing to 1: each answer token's share of a prompt's loss. The first ones decide between help and refusal."""
     weights = decay ** torch.arange(count)
     return weights / weights.sum()
-
-
-def _check(
-    module: Any, validation: Sequence[Observed], removed: Collection[str], end_ids: Collection[int], is_refusal: IsRefusal,
-    settings: DistillSettings, *, step: int, progress: Advance = no_progress,
-) -> Check:
-    watched = [prompt for prompt in validation if prompt.should_refuse or prompt.category in removed]
-    answers = greedy_answers(module, [prompt.token_ids for prompt in watched], settings.validation_tokens, end_ids, progress=progress)
-    refused = [is_refusal(answer) for answer in answers]
-    harmful = [word for prompt, word in zip(watched, refused, strict=True) if prompt.should_refuse]
-    benign = [word for prompt, word in zip(watched, refused, strict=True) if not prompt.should_refuse]
-    return Check(step, sum(benign), len(benign), sum(harmful), len(harmful))
 
 
 def _twin_recipe(twin: TwinChoice) -> dict[str, Any]:

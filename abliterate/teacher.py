@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from ..progress import Advance, no_progress
 from .observed import Observed, Role
+from .packing import blocks_are_alike, pack, run_blocks
 
 TOP = 64
 _BATCH = 24
@@ -29,13 +29,14 @@ _HARD_TARGET = 0.98
 class Lesson:
     """One prompt with the answer it is taught.
 
-    `hidden` is the base's residual stream before block `first_layer`, [tokens, d] in the module's dtype, for the prompt and the answer;
-    the last `len(log_probs)` positions but one predict the answer. `log_probs` float32 [n, TOP] and `tokens` int64 [n, TOP]: the
-    teacher's most probable tokens at each of the answer's n positions.
+    `sequence` are the tokens of prompt and answer; `hidden` is the residual stream before the first trained block, [own tokens, d] in
+    the module's dtype, without the prefix all lessons share (empty where the blocks are not alike). The last n positions but one predict
+    the answer: `log_probs` float32 [n, TOP] and `tokens` int64 [n, TOP] are the teacher's most probable tokens there.
     """
 
     id: str
     role: Role
+    sequence: tuple[int, ...]
     hidden: torch.Tensor
     log_probs: torch.Tensor
     tokens: torch.Tensor
@@ -54,68 +55,62 @@ def output_logits(module: Any, hidden: torch.Tensor) -> torch.Tensor:
     return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
-def may_start_at(module: Any, first_layer: int) -> int:
-    """The block a forward pass may start from when the stream before it is known: `first_layer`, or 0 where blocks differ in kind.
-
-    transformers tells blocks apart by their number; with mixed kinds (sliding and global attention, per-layer embeddings) the upper
-    blocks cannot be run by themselves.
-    """
-    config = module.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    return first_layer if len(kinds) == 1 and not getattr(config, "hidden_size_per_layer_input", 0) else 0
-
-
-@contextmanager
-def upper_blocks(module: Any, first_layer: int) -> Iterator[None]:
-    """While open, `module.model` consists of its blocks from `first_layer` on and takes their input as `inputs_embeds`."""
-    blocks, config = module.model.layers, module.config.get_text_config()
-    count = config.num_hidden_layers
-    module.model.layers = torch.nn.ModuleList(list(blocks)[first_layer:])
-    config.num_hidden_layers = count - first_layer
-    try:
-        yield
-    finally:
-        module.model.layers, config.num_hidden_layers = blocks, count
-
-
 @torch.inference_mode()
 def lessons(
-    module: Any, prompts: Sequence[tuple[Observed, Role, Sequence[int]]], first_layer: int, *, progress: Advance = no_progress,
+    module: Any, prompts: Sequence[tuple[Observed, Role, Sequence[int]]], first_block: int, prefix: int, *,
+    progress: Advance = no_progress,
 ) -> list[Lesson]:
     """A lesson for each (prompt, role, answer), taught by `module` as it stands (inside `ablated`: by the twin).
 
-    One forward pass without padding masks: rows are padded on the right, where causal attention never looks. `progress` counts prompts.
+    `prefix` tokens are shared by all prompts; where blocks are not alike it must be 0. `progress` counts prompts.
     """
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index][0].token_ids) + len(prompts[index][2]))
     made: dict[int, Lesson] = {}
     for start in range(0, len(order), _BATCH):
         rows = order[start : start + _BATCH]
-        sequences = [[*prompts[row][0].token_ids, *prompts[row][2]] for row in rows]
-        tokens = torch.zeros((len(rows), max(map(len, sequences))), dtype=torch.long)
-        for position, sequence in enumerate(sequences):
-            tokens[position, : len(sequence)] = torch.tensor(sequence)
-        entering, final = _forward(module, tokens, first_layer)
-        for position, row in enumerate(rows):
+        sequences = [(*prompts[row][0].token_ids, *prompts[row][2]) for row in rows]
+        entering, final = _streams(module, sequences, first_block, prefix)
+        for row, sequence, stream, last in zip(rows, sequences, entering, final, strict=True):
             prompt, role, answer = prompts[row]
-            length = len(sequences[position])
-            logits = output_logits(module, final[position, length - len(answer) - 1 : length - 1])
-            log_probs, ids = logits.log_softmax(-1).topk(min(TOP, logits.shape[-1]))
-            made[row] = Lesson(prompt.id, role, entering[position, :length].clone(), log_probs, ids)
+            log_probs, ids = output_logits(module, last[-len(answer) - 1 : -1]).log_softmax(-1).topk(min(TOP, module.config.vocab_size))
+            made[row] = Lesson(prompt.id, role, sequence, stream, log_probs, ids)
         progress(len(rows))
     return [made[index] for index in range(len(prompts))]
 
 
-def _forward(module: Any, tokens: torch.Tensor, first_layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The stream before block `first_layer`, and the final hidden states, both [rows, width, d]."""
-    seen: list[torch.Tensor] = []
-    handle = module.model.layers[first_layer].register_forward_pre_hook(
-        lambda _block, args, named: seen.append(args[0] if args else named["hidden_states"]), with_kwargs=True,
-    )
-    try:
-        final = module.model(tokens, use_cache=False).last_hidden_state
-    finally:
-        handle.remove()
-    return seen[0], final
+def prefix_stream(module: Any, prefix: Sequence[int], first_block: int) -> torch.Tensor:
+    """The residual stream of the shared prefix before block `first_block`, [len(prefix), d]."""
+    with torch.inference_mode():
+        packing = pack(len(prefix), [])
+        hidden = module.model.embed_tokens(torch.tensor([list(prefix)], dtype=torch.long))
+        return run_blocks(module, hidden, packing, 0, first_block)[0].clone()
+
+
+def _streams(
+    module: Any, sequences: Sequence[Sequence[int]], first_block: int, prefix: int,
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Of each sequence's own tokens (those after the prefix): the stream before block `first_block`, and the final hidden states."""
+    if not blocks_are_alike(module):
+        final = padded_forward(module, sequences)
+        rows = [final[row, : len(sequence)] for row, sequence in enumerate(sequences)]
+        return [row.new_zeros(0) for row in rows], rows
+    packing = pack(prefix, [len(sequence) - prefix for sequence in sequences])
+    tokens = [*sequences[0][:prefix], *(token for sequence in sequences for token in sequence[prefix:])]
+    hidden = run_blocks(module, module.model.embed_tokens(torch.tensor([tokens])), packing, 0, first_block)
+    final = module.model.norm(run_blocks(module, hidden, packing, first_block, len(module.model.layers)))
+    return [hidden[0, own].clone() for own in packing.own], [final[0, own] for own in packing.own]
+
+
+def padded_forward(module: Any, sequences: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Final hidden states [n, longest, d] of the whole inner transformer.
+
+    Rows are padded on the right, where causal attention never looks.
+    """
+    tokens = torch.zeros((len(sequences), max(map(len, sequences))), dtype=torch.long)
+    for row, sequence in enumerate(sequences):
+        tokens[row, : len(sequence)] = torch.tensor(sequence)
+    final: torch.Tensor = module.model(tokens, use_cache=False).last_hidden_state
+    return final
 
 
 def word_for_word(lesson: Lesson, answer: Sequence[int]) -> Lesson:
@@ -124,4 +119,4 @@ def word_for_word(lesson: Lesson, answer: Sequence[int]) -> Lesson:
     tokens = torch.tensor([[token, *[other for other in range(top) if other != token][: top - 1]] for token in answer[:count]])
     log_probs = torch.full((count, top), math.log((1 - _HARD_TARGET) / (top * 1000)))
     log_probs[:, 0] = math.log(_HARD_TARGET)
-    return Lesson(lesson.id, lesson.role, lesson.hidden, log_probs, tokens)
+    return replace(lesson, log_probs=log_probs, tokens=tokens)

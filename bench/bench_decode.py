@@ -27,6 +27,7 @@ from trailmed.eval.prompts import Prompt, Split, load_benchmark
 from trailmed.models import llama_log
 from trailmed.models.chat_template import ChatTemplate
 from trailmed.models.gguf_file import GgufFile
+from trailmed.progress import progress_bar
 
 TARGET_RATIO = 2.5
 TARGET_VERDICTS_DIFFERING = 0.01
@@ -59,9 +60,9 @@ def chosen_prompts(count: int) -> list[Prompt]:
     return sorted(load_benchmark(), key=order)[:count]
 
 
-def batched(runtime: LlamaRuntime, prompts: Sequence[list[int]]) -> tuple[list[Generation], dict[str, float]]:
-    with Clock() as clock:
-        answers = runtime.generate(prompts)
+def timed(label: str, runtime: LlamaRuntime, prompts: Sequence[list[int]]) -> tuple[list[Generation], dict[str, float]]:
+    with progress_bar(label, len(prompts)) as advance, Clock() as clock:
+        answers = runtime.generate(prompts, progress=advance)
     return answers, clock.figures(sum(len(answer.tokens) for answer in answers))
 
 
@@ -71,12 +72,13 @@ def one_by_one(model: Path, prompts: Sequence[Prompt], longest: int, max_tokens:
         str(model), n_ctx=longest + max_tokens + 8, n_threads=threads, n_threads_batch=threads, n_gpu_layers=0, verbose=False,
     )
     texts, tokens = [], 0
-    with Clock() as clock:
+    with progress_bar("one by one", len(prompts)) as advance, Clock() as clock:
         for prompt in prompts:
             messages: Any = [{"role": "user", "content": prompt.text}]
             completion: Any = llama.create_chat_completion(messages, temperature=0.0, max_tokens=max_tokens)
             texts.append(completion["choices"][0]["message"]["content"])
             tokens += completion["usage"]["completion_tokens"]
+            advance(1)
     llama.close()
     return texts, clock.figures(tokens)
 
@@ -106,10 +108,10 @@ def main() -> None:
         tokenizer = runtime.tokenizer
         template = ChatTemplate(source, origin=str(arguments.model), bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token)
         ids = [runtime.encode(template.prompt(prompt.text)) for prompt in prompts]
-        answers, result["batched"] = batched(runtime, ids)
+        answers, result["batched"] = timed("batched", runtime, ids)
         if not arguments.no_speed:
             texts, result["one_by_one"] = one_by_one(arguments.model, prompts, max(map(len, ids)), arguments.max_tokens, arguments.threads)
-            again, result["batched_again"] = batched(runtime, ids)
+            again, result["batched_again"] = timed("batched again", runtime, ids)
             speed = 2 / (1 / result["batched"]["tokens_per_second"] + 1 / result["batched_again"]["tokens_per_second"])
             result["ratio"] = round(speed / result["one_by_one"]["tokens_per_second"], 3)
             result["ratio_met"] = result["ratio"] >= TARGET_RATIO
@@ -117,7 +119,7 @@ def main() -> None:
             equal = sum(answer.text.strip() == text.strip() for answer, text in zip(answers, texts, strict=True))
             result["share_identical_to_one_by_one"] = round(equal / len(prompts), 4)
     with LlamaRuntime(arguments.model, exact_settings) as runtime:
-        exact, result["exact"] = batched(runtime, ids)
+        exact, result["exact"] = timed("exact", runtime, ids)
     result["share_identical_to_exact"] = round(sum(a == b for a, b in zip(answers, exact, strict=True)) / len(prompts), 4)
     differing = [
         {"id": prompt.id, "batched": verdict(a), "exact": verdict(b), "batched_answer": a.text[:80], "exact_answer": b.text[:80]}

@@ -72,7 +72,7 @@ def _hostile() -> Results:
             replace(answer, text=HOSTILE[index % len(HOSTILE)], answer=HOSTILE[(index + position) % len(HOSTILE)], reason=HOSTILE[0])
             for index, answer in enumerate(run.answers)
         )
-        return replace(run, answers=answers, name=HOSTILE[position % 2], model=HOSTILE[1 - position % 2])
+        return replace(run, answers=answers, name=HOSTILE[position % 2], model=HOSTILE[6])
 
     runs = four_runs()
     runs["edited_quantized"] = with_verdicts(runs["edited_quantized"], {f"should-refuse-{n:03d}": Verdict.COMPLIANCE for n in range(20)})
@@ -148,6 +148,10 @@ def test_every_flip_is_there_in_both_directions() -> None:
     }
     assert listed == [(key, flip.category, flip.direction) for key, found in by_key.items() for flip in found.flips]
     assert {direction for _, _, direction in listed} == {"lost", "gained"}
+    tags = [found["class"] for found in page.all("span") if (found.get("class") or "").startswith("tag")]
+    unwelcome = {("should_refuse", "lost"), ("gray_zone", "gained")}
+    assert tags == ["tag worse" if (category, direction) in unwelcome else "tag better" for _, category, direction in listed]
+    assert set(tags) == {"tag worse", "tag better"}
     text = render_markdown(results)
     for comparison in by_key.values():
         for flip in comparison.flips:
@@ -163,8 +167,8 @@ def test_hostile_text_stays_text() -> None:
     assert {name for name, _ in page.elements} <= {
         "html", "head", "meta", "title", "style", "body", "a", "header", "h1", "h2", "h3", "h4", "p", "section", "div", "span", "strong",
         "nav", "ul", "ol", "li", "main", "small", "figure", "figcaption", "svg", "line", "text", "rect", "path", "table", "thead", "tbody",
-        "tr", "th", "td", "details", "summary", "dl", "dt", "dd", "form", "label", "input", "select", "option", "button", "output", "blockquote",
-        "pre", "code", "footer", "script",
+        "tr", "th", "td", "details", "summary", "dl", "dt", "dd", "form", "label", "input", "select", "option", "button", "output",
+        "blockquote", "pre", "code", "footer", "script",
     }
     for _, attributes in page.elements:
         assert not [name for name in attributes if name.startswith("on") or name == "style"]
