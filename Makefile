@@ -3,8 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := runs/demo
-# Only the library is wanted of llama.cpp; native code for this machine's processor.
-LLAMA_BUILD := CMAKE_BUILD_PARALLEL_LEVEL=$$(nproc) CMAKE_ARGS="-DGGML_NATIVE=ON -DMTMD_BUILD=OFF -DLLAVA_BUILD=OFF -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_CURL=OFF $(CMAKE_ARGS)"
+# llama-cpp-python is compiled here, for this machine's processor.
+LLAMA_BUILD := CMAKE_BUILD_PARALLEL_LEVEL=$$(nproc)
 
 .PHONY: demo test check bench clean
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from . import __version__
 from .errors import EXIT_BAD_INPUT, EXIT_GATE_FAILED, TrailmedError
@@ -43,11 +43,7 @@ Model = Annotated[str, typer.Argument(help="catalogue name, GGUF file, Hugging F
 
 def main() -> None:
     """Run the command line; bad input ends with one line on stderr and exit code 2."""
-    try:
-        app()
-    except KeyboardInterrupt:
-        print("trailmed: interrupted; run the same command again to go on where it stopped", file=sys.stderr)
-        sys.exit(EXIT_INTERRUPTED)
+    app()
 
 
 def _friendly(command: Callable[P, None]) -> Callable[P, None]:
@@ -59,6 +55,9 @@ def _friendly(command: Callable[P, None]) -> Callable[P, None]:
         except TrailmedError as error:
             print(f"trailmed: {' '.join(str(error).split())}", file=sys.stderr)
             raise typer.Exit(EXIT_BAD_INPUT) from None
+        except KeyboardInterrupt:
+            print("trailmed: interrupted; run the same command again to go on where it stopped", file=sys.stderr)
+            raise typer.Exit(EXIT_INTERRUPTED) from None
         except BrokenPipeError:
             # The reader of our output (head, less) has gone.
             sys.stderr.close()
@@ -106,7 +105,7 @@ def models_list(as_json: Json = False) -> None:
             for name, entry in CATALOGUE.items()
         ])
         return
-    table = Table("name", "what", "size", "licence", "here")
+    table = Table(Column("name", no_wrap=True), "what", "size", "licence", "here")
     for name, entry in CATALOGUE.items():
         table.add_row(name, entry.description, f"{entry.size / 1e6:.0f} MB", entry.licence, "yes" if name in here else "no")
     Console().print(table)
@@ -155,7 +154,7 @@ Epochs = Annotated[int, _settings_option(EditSettings, "epochs")]
 Seed = Annotated[int, _settings_option(EditSettings, "seed")]
 MaxTokens = Annotated[int, _settings_option(RunSettings, "max_tokens")]
 Slots = Annotated[int, _settings_option(RunSettings, "slots")]
-Threads = Annotated[int | None, _settings_option(RunSettings, "threads")]
+Threads = Annotated[int | None, typer.Option(help=_help(RunSettings, "threads"), min=1)]
 Exact = Annotated[bool, _settings_option(RunSettings, "exact", "--exact")]
 PromptsFile = Annotated[Path | None, _settings_option(RunSettings, "prompts", "--prompts")]
 RetainFile = Annotated[Path | None, _settings_option(RunSettings, "retain", "--retain")]

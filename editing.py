@@ -17,6 +17,7 @@ from .abliterate.directions import Directions, cohens_d, mean_difference
 from .abliterate.edit import Edit
 from .abliterate.observed import Observed, Role, masks_by_role
 from .device.system import physical_cores
+from .errors import TrailmedError
 from .eval.prompts import Split, load_benchmark, load_prompts, load_retain, prompts_hash
 from .files import sha256_of_file
 from .fitting import capture_activations, find_directions, fit_edit, fit_prompts, observe, origin_of, read_observed
@@ -26,7 +27,7 @@ from .models.source import resolve_model
 from .settings import EditSettings, settings_document
 from .stages import Stages
 
-Stage = tuple[str, list[Path], Callable[[], None]]
+Stage = tuple[str, list[Path] | Callable[[], list[Path]], Callable[[], object]]
 """Name, outputs and work of a stage, as `Stages.run` takes them."""
 
 
@@ -37,6 +38,8 @@ class EditJob:
         self, source: Path, folder: Path, settings: EditSettings, *, threads: int, prompts: Path | None, retain: Path | None,
         progress: bool,
     ) -> None:
+        if threads < 1:
+            raise TrailmedError(f"threads is {threads}; it must be at least 1")
         self.source, self.settings, self.threads, self.progress = source, settings, threads, progress
         self.benchmark = load_benchmark() if prompts is None else load_prompts(prompts)
         self.retain = [
@@ -146,8 +149,12 @@ def edit(
     job = EditJob(source, work, settings, threads=threads or physical_cores(), prompts=prompts, retain=retain, progress=progress)
     plan = job.stages()
     with Stages(work, {"format": "trailmed.edit", **job.manifest()}, total=len(plan), progress=progress) as stages:
-        for stage in plan:
-            stages.run(*stage)
+        try:
+            for stage in plan:
+                stages.run(*stage)
+        except TrailmedError:
+            shutil.rmtree(work, ignore_errors=True)
+            raise
         made = Edit.load(job.edit)
         made.save(out)
     shutil.rmtree(work, ignore_errors=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import shutil
 from dataclasses import asdict, dataclass
@@ -21,7 +22,7 @@ from .eval.results import Results, assemble
 from .eval.runs import EvalRun
 from .export.bake import bake
 from .export.ggml_quantize import file_type_of
-from .files import read_json, sha256_of_file, write_json_atomically, write_text_atomically
+from .files import read_json, sha256_of_file, write_atomically, write_json_atomically, write_text_atomically
 from .models.architecture import architecture_of
 from .models.chat_template import ChatTemplate
 from .models.gguf_file import GgufFile
@@ -55,12 +56,12 @@ def run(model: str, out: Path, settings: RunSettings = RunSettings(), *, progres
     source = resolve_model(model, progress=progress)
     job = _Job(source, model, out, settings, progress)
     with Stages(out, job.manifest(), total=len(job.plan()), progress=progress) as stages:
-        if not stages.is_done("report"):
+        if not (stages.is_done("phone") and stages.is_done("report")):
             for stage in job.plan():
                 stages.run(*stage)
-            stages.write_times(out / TIMES_NAME)
         job.tidy()
-        times = tuple(StageTime(**entry) for entry in read_json(out / TIMES_NAME))
+        times = stages.times(name for name, _, _ in job.plan())
+        write_json_atomically(out / TIMES_NAME, [asdict(entry) for entry in times])
     children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
     peak = max(peak_rss_bytes(), children, *(entry.peak_rss_bytes for entry in times))
     return RunOutcome(Results.load(out / RESULTS_NAME), out / HTML_NAME, times, peak, job.phone if job.phone.exists() else None)
@@ -86,6 +87,8 @@ class _Job:
             raise TrailmedError("the held-out prompts hold no safe_control prompt; the gate measures KL on them, so give some")
         self.quantized = settings.type.upper()
         self.full = next((name for name in _FULL_TYPES if kind == file_type_of(name)), "F16")
+        if self.quantized == self.full:
+            raise TrailmedError(f"{source}: is of type {self.full} itself; choose a quantized type for the phone, such as Q8_0")
         work = out / "work"
         self.base_full = source if kind == file_type_of(self.full) else work / f"base-{self.full}.gguf"
         self.base_quantized = source if kind == file_type_of(self.quantized) else work / f"base-{self.quantized}.gguf"
@@ -116,7 +119,8 @@ class _Job:
             self._evaluation("edited", self.quantized, self.edited_quantized),
             ("first-token KL", [self.kl], self._kl),
             ("results", [self.out / RESULTS_NAME], self._results),
-            ("report", [self.out / HTML_NAME, self.out / MARKDOWN_NAME], self._report),
+            ("phone", self._phone_files, self._make_phone_folder),
+            ("report", [self.out / HTML_NAME, self.out / MARKDOWN_NAME], lambda: write_reports(self.out / RESULTS_NAME)),
         ]
 
     def tidy(self) -> None:
@@ -161,10 +165,19 @@ class _Job:
             machine=asdict(machine()), command=[self.command],
         ).save(self.out / RESULTS_NAME)
 
-    def _report(self) -> None:
-        if Results.load(self.out / RESULTS_NAME).verdict.passed:
-            self.phone.parent.mkdir(exist_ok=True)
-            if self.edited_quantized.exists():
-                self.edited_quantized.replace(self.phone)
-            write_text_atomically(self.phone.with_name("SHA256SUMS"), f"{sha256_of_file(self.phone)}  {self.phone.name}\n")
-        write_reports(self.out / RESULTS_NAME)
+    def _phone_files(self) -> list[Path]:
+        """What the phone gets: nothing unless the gate passed."""
+        passed = Results.load(self.out / RESULTS_NAME).verdict.passed
+        return [self.phone, self.phone.with_name("SHA256SUMS")] if passed else []
+
+    def _make_phone_folder(self) -> None:
+        if not self._phone_files():
+            return
+        with write_atomically(self.phone) as scratch:
+            try:
+                # A second name for the same bytes: the first one stays until the stage is stamped.
+                os.link(self.edited_quantized, scratch)
+            except OSError:
+                # Not every file system has hard links (exFAT, some network mounts).
+                shutil.copyfile(self.edited_quantized, scratch)
+        write_text_atomically(self.phone.with_name("SHA256SUMS"), f"{sha256_of_file(self.phone)}  {self.phone.name}\n")

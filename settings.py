@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -33,7 +34,7 @@ class EditSettings:
     method: Method = field(default=Method.DISTILL, metadata={"help": "how the edit is made"})
     rank: int = field(default=4, metadata={"help": "rank k of each tensor's edit (project, biproject, gated: directions per layer)"})
     alpha: float = field(default=1.0, metadata={"help": "strength of project, biproject and gated; distill finds its own"})
-    epochs: int = field(default=3, metadata={"help": "distill only: passes over the fit prompts"})
+    epochs: int = field(default=5, metadata={"help": "distill only: passes over the fit prompts"})
     seed: int = field(default=0, metadata={"help": "seed of everything random"})
 
     def __post_init__(self) -> None:
@@ -44,6 +45,10 @@ class EditSettings:
             raise TrailmedError("nothing is left to remove: every category to remove is also one to keep")
         if self.rank < 1 or self.epochs < 1:
             raise TrailmedError("rank and epochs must be at least 1")
+        if not math.isfinite(self.alpha):
+            raise TrailmedError(f"alpha is {self.alpha}; it must be a finite number")
+        if not 0 <= self.seed < 2**63:
+            raise TrailmedError(f"seed is {self.seed}; it must be between 0 and 2**63 - 1")
 
     @property
     def removed(self) -> tuple[Category, ...]:

