@@ -32,6 +32,7 @@ from .stages import Stages, StageTime
 
 RESULTS_NAME = "results.json"
 TIMES_NAME = "times.json"
+_BAKE = "bake"
 _FULL_TYPES = ("F16", "BF16", "F32")
 
 
@@ -56,7 +57,8 @@ def run(model: str, out: Path, settings: RunSettings = RunSettings(), *, progres
     source = resolve_model(model, progress=progress)
     job = _Job(source, model, out, settings, progress)
     with Stages(out, job.manifest(), total=len(job.plan()), progress=progress) as stages:
-        if not (stages.is_done("phone") and stages.is_done("report")):
+        # A finished run has no baked files but the phone's any more, and needs none as long as all else is there.
+        if not all(stages.is_done(name) for name, _, _ in job.plan() if name != _BAKE):
             for stage in job.plan():
                 stages.run(*stage)
         job.tidy()
@@ -112,7 +114,7 @@ class _Job:
         baked = [self.base_full, self.base_quantized, self.edited_full, self.edited_quantized]
         return [
             *self.editing.stages(),
-            ("bake", [path for path in baked if path != self.source], self._bake),
+            (_BAKE, [path for path in baked if path != self.source], self._bake),
             self._evaluation("base", self.full, self.base_full),
             self._evaluation("base", self.quantized, self.base_quantized),
             self._evaluation("edited", self.full, self.edited_full),

@@ -49,9 +49,9 @@ class DistillSettings:
 
     rank: int = field(default=4, metadata={"help": "rank k of each tensor's edit"})
     first_layer: float = field(default=1 / 3, metadata={"help": "share of the blocks, from the bottom, that is left alone"})
-    epochs: int = field(default=5, metadata={"help": "passes over the fit prompts"})
+    epochs: int = field(default=4, metadata={"help": "passes over the fit prompts"})
     checks_per_epoch: int = field(default=1, metadata={"help": "how often an epoch is interrupted to answer the validation prompts"})
-    learning_rate: float = field(default=4e-3, metadata={"help": "Adam's peak learning rate"})
+    learning_rate: float = field(default=6e-3, metadata={"help": "Adam's peak learning rate"})
     complied_share: float = field(default=0.5, metadata={"help": "share of the answered prompts seen in each epoch, drawn anew"})
     batch: int = field(default=8, metadata={"help": "prompts per step"})
     answer_tokens: int = field(default=8, metadata={"help": "answer tokens whose distributions are matched"})

@@ -7,13 +7,13 @@ import hashlib
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from small_disk import small_disk
 
 from trailmed import files
 from trailmed.errors import TrailmedError
@@ -38,17 +38,10 @@ def _everything_in(folder: Path) -> dict[str, bytes | None]:
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A real disk of 64 KiB, where we may mount one."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = sys.platform == "linux" and subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=64k", "trailmed-test", str(folder)], capture_output=True, check=False,
-    ).returncode == 0
-    if not mounted:
-        pytest.skip("only root may mount a small disk")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A real disk of 64 KiB."""
+    with small_disk(tmp_path / "disk", 64) as folder:
+        yield folder
 
 
 # --- write_atomically
@@ -100,13 +93,13 @@ def test_nothing_written_is_an_error_and_no_file(tmp_path: Path) -> None:
     assert _everything_in(tmp_path) == {}
 
 
-def test_a_full_disk_is_said_in_one_line_and_leaves_the_old_file(small_disk: Path) -> None:
-    path = small_disk / "out.txt"
+def test_a_full_disk_is_said_in_one_line_and_leaves_the_old_file(disk: Path) -> None:
+    path = disk / "out.txt"
     write_text_atomically(path, "old")
     with pytest.raises(TrailmedError, match=rf"^{path}: the disk is full; free some space") as caught:
         write_text_atomically(path, "x" * 200_000)
     assert "\n" not in str(caught.value)
-    assert _everything_in(small_disk) == {"out.txt": b"old"}
+    assert _everything_in(disk) == {"out.txt": b"old"}
     write_text_atomically(path, "x" * 20_000)
     assert path.stat().st_size == 20_000
 
@@ -132,11 +125,11 @@ def test_a_folder_that_cannot_be_written_is_said_in_one_line(tmp_path: Path) -> 
     assert _everything_in(tmp_path) == {"file": b"in the way", "taken": None}
 
 
-def test_a_read_only_folder_is_said_in_one_line(small_disk: Path) -> None:
+def test_a_read_only_folder_is_said_in_one_line(disk: Path) -> None:
     """Root ignores permission bits, but not a disk mounted read-only."""
-    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
     with pytest.raises(TrailmedError, match=r"out\.txt: not writable \(Read-only file system\); choose another folder"):
-        write_text_atomically(small_disk / "out.txt", "new")
+        write_text_atomically(disk / "out.txt", "new")
 
 
 @pytest.mark.skipif(hasattr(os, "geteuid") and os.geteuid() == 0, reason="root ignores permission bits")
