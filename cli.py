@@ -135,7 +135,7 @@ def models_show(model: Model, as_json: Json = False, quiet: Quiet = False) -> No
     if as_json:
         _print_json({**asdict(summary), "quantization": dict(summary.quantization)})
         return
-    table = Table(show_header=False)
+    table = Table("fact", Column("value", overflow="fold"), show_header=False)
     for label, text in summary.rows():
         table.add_row(label, text)
     Console().print(table)

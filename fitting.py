@@ -120,6 +120,8 @@ def find_directions(activations: Activations, observed: Sequence[Observed], sett
     """
     masks = masks_by_role(observed, settings.removed)
     over_refused, harmful = masks[Role.OVER_REFUSED], masks[Role.HARMFUL_REFUSED]
+    if not over_refused.any():
+        raise TrailmedError("the base refuses none of the fit prompts of the categories to remove; there is nothing to edit")
     if settings.method is Method.DISTILL:
         plain = DirectionSettings(winsorize_quantile=1.0, gram_schmidt=False, orthogonalize_harmful=0.0)
         return compute_directions(activations, over_refused | harmful, masks[Role.COMPLIED], harmful, plain)

@@ -28,7 +28,7 @@ from trailmed.export.bake import KEY_BASE_SHA256, KEY_EDIT_SHA256
 from trailmed.files import PARTIAL_SUFFIX, sha256_of_file
 from trailmed.models.gguf_file import GgufFile
 from trailmed.pipeline import RunOutcome, run
-from trailmed.settings import EditSettings, RunSettings
+from trailmed.settings import EditSettings, Method, RunSettings
 
 STAGES = [
     "base answers", "activations", "directions", "edit by distill", "bake", "answers of base F32", "answers of base Q8_0",
@@ -232,16 +232,14 @@ def test_other_settings_do_not_touch_a_finished_run(bench: Bench, copied: Path) 
 
 
 def test_a_failed_gate_leaves_the_report_and_no_model(bench: Bench, tmp_path: Path) -> None:
-    """Projection takes all refusals away or none; either fails here."""
-    arguments = bench.command(tmp_path / "run", "--method", "project", "--alpha", "0", "--quiet")
-    finished = subprocess.run(arguments, capture_output=True, text=True, check=False, timeout=PATIENCE)
-    assert (finished.returncode, finished.stderr) == (3, "")
-    assert "nothing written; the gate did not pass" in finished.stdout
-    assert not Results.load(tmp_path / "run" / "results.json").verdict.passed
-    assert (tmp_path / "run" / "report.html").exists()
+    """An edit of no strength changes nothing, and that is not what was asked for."""
+    outcome = bench.run(tmp_path / "run", edit=EditSettings(method=Method.PROJECT, alpha=0.0))
+    assert not outcome.results.verdict.passed
+    assert outcome.phone is None
+    assert outcome.report.is_file()
     assert list((tmp_path / "run").rglob("*.gguf")) == []
-    again = subprocess.run(arguments, capture_output=True, text=True, check=False, timeout=PATIENCE)
-    assert again.returncode == 3
+    assert not (tmp_path / "run" / "phone").exists()
+    assert _stamps(tmp_path / "run").keys() == {name.replace("distill", "project") for name in STAGES}
 
 
 # --- killed
@@ -284,12 +282,11 @@ def _headings(process: subprocess.Popen[str]) -> Iterator[str]:
             yield line
 
 
-@pytest.mark.parametrize("seed", [1, 2])
-def test_killed_at_random_moments_the_command_ends_with_the_same_bytes(bench: Bench, tmp_path: Path, seed: int) -> None:
-    generator = random.Random(seed)
+def test_killed_at_random_moments_the_command_ends_with_the_same_bytes(bench: Bench, tmp_path: Path) -> None:
+    generator = random.Random(1)
     out = tmp_path / "run"
     seen: dict[str, int] = {}
-    for stage in sorted(generator.sample(STAGES[:-1], 2), key=STAGES.index):
+    for stage in sorted(generator.sample(STAGES[:-1], 3), key=STAGES.index):
         with subprocess.Popen(bench.command(out), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
             next((line for line in _headings(process) if line.rstrip().endswith(f"] {stage}")), None)
             time.sleep(generator.uniform(0, 0.3))
