@@ -46,6 +46,8 @@ class EditJob:
             prompt.model_copy(update={"split": Split.FIT}) for prompt in (load_retain() if retain is None else load_prompts(retain))
         ]
         self.fit, self.validation = fit_prompts(self.benchmark, self.retain)
+        # Directions are means over the benchmark's own fit split, which comes first in `fit`; the retain set is for what must stay.
+        self.shown = [prompt for prompt in self.benchmark if prompt.split is Split.FIT]
         self.answers = folder / "base-answers.json"
         self.activations = folder / "activations.safetensors"
         self.directions = folder / "directions.safetensors"
@@ -72,7 +74,7 @@ class EditJob:
         return [*self.direction_stages(), (f"edit by {self.settings.method}", [self.edit], self._fit)]
 
     def observed(self) -> tuple[list[Observed], list[Observed]]:
-        """What the base did with the fit (and retain) prompts, and with the validation prompts."""
+        """What the base did with the fit (and retain) prompts, `shown` first, and with the validation prompts."""
         found = read_observed(self.model, [*self.fit, *self.validation], self.answers)
         return found[: len(self.fit)], found[len(self.fit) :]
 
@@ -91,10 +93,10 @@ class EditJob:
         observe(self.model, [*self.fit, *self.validation], self.answers, progress=self.progress)
 
     def _capture(self) -> None:
-        capture_activations(self.model, self.fit, progress=self.progress).save(self.activations)
+        capture_activations(self.model, self.shown, progress=self.progress).save(self.activations)
 
     def _find(self) -> None:
-        find_directions(Activations.load(self.activations), self.observed()[0], self.settings).save(self.directions)
+        find_directions(Activations.load(self.activations), self.observed()[0][: len(self.shown)], self.settings).save(self.directions)
 
     def _fit(self) -> None:
         fit, validation = self.observed()
@@ -129,7 +131,7 @@ def directions(
         for stage in plan:
             stages.run(*stage)
         residual = Activations.load(job.activations).residual
-        masks = masks_by_role(job.observed()[0], settings.removed)
+        masks = masks_by_role(job.observed()[0][: len(job.shown)], settings.removed)
         refused, answered = residual[masks[Role.OVER_REFUSED]], residual[masks[Role.COMPLIED]]
         enough = min(len(refused), len(answered)) > 1
         separation = cohens_d(refused, answered, mean_difference(refused, answered)) if enough else torch.zeros(0)

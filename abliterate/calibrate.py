@@ -1,14 +1,13 @@
-"""Where the line between help and refusal lies after an edit: how well the two are told apart, and a shift that moves the line.
+"""Where the line between help and refusal lies after an edit: how well the two are told apart, and how far to move the line.
 
-Training decides what separates an emergency from a harmful request; the line between them it leaves somewhere, depending on the
-weights of the two kinds in the loss. One number moves it: a share of the refusal direction taken out of (or added to) what the edited
-writers put into the residual stream, a partial directional ablation (Arditi et al. 2024; partial as in Wang et al. 2024, λ).
+Training decides what separates an emergency from a harmful request; the line between them it leaves somewhere. An intercept (see
+`intercept`) moves it by a number of nats of the refusal's log-odds, and validation answers say how far is right.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,14 +15,13 @@ import torch
 
 from .teacher import output_logits, padded_forward
 
-Pairs = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
-"""B [d_out, k] and A [k, d_in] by tensor name."""
-
 _BATCH = 32
 _LEAD_TOKENS = 3
-_NEVER_ZERO = 1e-6
-SHARES = (-0.2, 0.0, 0.15, 0.3, 0.45, 0.6)
-"""Shares of the refusal direction tried, in order."""
+_NEVER_CERTAIN = 1e-6
+_FIRST_STEP = 1.0
+_MOST_COUNTS = 6
+_FURTHEST = 4.0
+"""Nats; a line further away than this is not found by moving it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,20 +34,28 @@ class Counts:
     harmful: int
 
 
+def lead_log_odds(module: Any, token_ids: Sequence[Sequence[int]], refusal: Sequence[int]) -> torch.Tensor:
+    """For each prompt log(p / (1 − p)), p the probability that the answer begins with the first tokens of `refusal`: float32 [n]."""
+    lead = list(refusal[:_LEAD_TOKENS])
+    final = padded_forward(module, [[*prompt, *lead] for prompt in token_ids])
+    log_p = []
+    for hidden, prompt in zip(final, token_ids, strict=True):
+        end = len(prompt) + len(lead) - 1
+        log_probs = output_logits(module, hidden[end - len(lead) : end]).log_softmax(-1)
+        log_p.append(log_probs[torch.arange(len(lead)), torch.tensor(lead)].sum())
+    log_ps = torch.stack(log_p).clamp_max(-_NEVER_CERTAIN)
+    return log_ps - torch.log(-torch.expm1(log_ps))
+
+
 @torch.inference_mode()
 def refusal_log_odds(module: Any, token_ids: Sequence[Sequence[int]], refusal: Sequence[int]) -> list[float]:
-    """For each prompt log(p / (1 − p)), p the probability that the answer begins with the first tokens of the stock `refusal`."""
-    lead = list(refusal[:_LEAD_TOKENS])
+    """`lead_log_odds` of any number of prompts, in batches of like length, in the order given."""
     scores = [0.0] * len(token_ids)
     order = sorted(range(len(token_ids)), key=lambda index: len(token_ids[index]))
     for start in range(0, len(order), _BATCH):
         rows = order[start : start + _BATCH]
-        final = padded_forward(module, [[*token_ids[row], *lead] for row in rows])
-        for position, row in enumerate(rows):
-            end = len(token_ids[row]) + len(lead) - 1
-            log_probs = output_logits(module, final[position, end - len(lead) : end]).log_softmax(-1)
-            log_p = min(sum(log_probs[index, token].item() for index, token in enumerate(lead)), -_NEVER_ZERO)
-            scores[row] = log_p - math.log(-math.expm1(log_p))
+        for row, score in zip(rows, lead_log_odds(module, [token_ids[row] for row in rows], refusal).tolist(), strict=True):
+            scores[row] = score
     return scores
 
 
@@ -61,37 +67,63 @@ def separation(benign: Sequence[float], harmful: Sequence[float]) -> float:
     return float(((higher > lower).double() + 0.5 * (higher == lower).double()).mean())
 
 
-def shifted(
-    factors: Pairs, weights: Mapping[str, torch.Tensor], direction: torch.Tensor, share: float,
-) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Factors of (1 − s r rᵀ)(W + B A) − W for every tensor: the edit with `share` s of r = `direction` [d] taken out of its output.
+def margins(counts: Counts, base: Counts, least_fall: float) -> tuple[float, float]:
+    """How far `counts` lie inside what is asked of an edit, in standard errors: (benign refusals fallen, harmful refusals kept).
 
-    One rank more: B' = [B − s r (rᵀ B), −s r], A' = [A; rᵀ W]. A negative share adds.
+    Benign refusals shall fall by the share `least_fall` of the base's, harmful ones shall not fall. The standard error is that of a
+    proportion (binomial) at the limit itself. Negative: outside.
     """
-    unit = direction.float()
-    moved = {}
-    for name, (b, a) in factors.items():
-        along = (unit @ weights[name].float())[None]
-        column = -share * unit[:, None]
-        moved[name] = (torch.cat([b + column @ (unit[None] @ b), column], dim=1), torch.cat([a, along]))
-    return moved
+    allowed = (1 - least_fall) * base.benign_refused / max(1, base.benign)
+    wanted = base.harmful_refused / max(1, base.harmful)
+    return (
+        (allowed - counts.benign_refused / max(1, counts.benign)) / _standard_error(allowed, counts.benign),
+        (counts.harmful_refused / max(1, counts.harmful) - wanted) / _standard_error(wanted, counts.harmful),
+    )
 
 
-def best_shift(count: Callable[[float], Counts], base: Counts, benign_weight: float) -> tuple[float, list[tuple[float, Counts]]]:
-    """The share of `SHARES` with the highest `utility` among those that keep the base's harmful refusals; with all that was tried.
+def _standard_error(rate: float, count: int) -> float:
+    """Of a proportion, one pseudo-count of each kind added so that it is never 0 (Agresti & Coull 1998)."""
+    p = (rate * count + 1) / (count + 2)
+    return math.sqrt(p * (1 - p) / (count + 2))
 
-    Refusals of both kinds fall as the share grows, so larger shares are not tried once retention is lost. Of equal shares the smallest
-    is taken, and the smallest of all where none keeps retention.
+
+def best_move(count: Callable[[float], Counts], base: Counts, least_fall: float) -> tuple[float, list[tuple[float, Counts]]]:
+    """How many nats to move the line so that the smaller of the two `margins` is largest; with all that was counted.
+
+    More nats mean more refusals of both kinds, so the two margins cross once: the crossing is bracketed from 0 in steps, then closed in
+    on by regula falsi. Of equal margins the smallest move is taken.
     """
     tried: list[tuple[float, Counts]] = []
-    for share in SHARES:
-        tried.append((share, count(share)))
-        if tried[-1][1].harmful_refused < base.harmful_refused:
+
+    def excess(nats: float) -> float:
+        tried.append((nats, count(nats)))
+        benign, harmful = margins(tried[-1][1], base, least_fall)
+        return harmful - benign
+
+    here, height = 0.0, excess(0.0)
+    step = -math.copysign(_FIRST_STEP, height)
+    while height:
+        there = here + step
+        if abs(there) > _FURTHEST:
             break
-    keeping = [each for each in tried if each[1].harmful_refused >= base.harmful_refused] or tried[:1]
-    return max(keeping, key=lambda each: utility(each[1], benign_weight))[0], tried
+        other = excess(there)
+        if (other > 0) != (height > 0):
+            _close_in(excess, (here, height), (there, other), _MOST_COUNTS - len(tried))
+            break
+        here, height = there, other
+    return max(tried, key=lambda each: (min(margins(each[1], base, least_fall)), -abs(each[0])))[0], tried
 
 
-def utility(counts: Counts, benign_weight: float) -> float:
-    """Rate of harmful refusals less `benign_weight` times the rate of benign ones (a weighted Youden's J)."""
-    return counts.harmful_refused / max(1, counts.harmful) - benign_weight * counts.benign_refused / max(1, counts.benign)
+def _close_in(excess: Callable[[float], float], one: tuple[float, float], other: tuple[float, float], counts: int) -> None:
+    """At most `counts` evaluations between two points (nats, excess) on either side of the crossing."""
+    for _ in range(counts):
+        if not other[1]:
+            return
+        # Kept off the ends, where integer counts would repeat themselves.
+        share = min(max(one[1] / (one[1] - other[1]), 0.2), 0.8)
+        nats = one[0] + share * (other[0] - one[0])
+        found = (nats, excess(nats))
+        if (found[1] > 0) == (one[1] > 0):
+            one = found
+        else:
+            other = found

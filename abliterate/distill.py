@@ -4,7 +4,7 @@ else as it always did.
 Only factors B A beside the residual writers of the upper blocks are trained (LoRA: Hu et al. 2021, arXiv:2106.09685), on the KL
 divergence from a teacher's next-token distributions over the first answer tokens (Hinton et al. 2015, arXiv:1503.02531). Because the
 factors see the writer's *input*, they can tell a rip current from a poisoning, which a projection cannot. Training too long wears
-retention away, so validation prompts are answered after every part of an epoch and the best state is kept.
+retention away, so the state that tells validation's prompts apart best is kept; an intercept then draws the line.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import random
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.nn import functional
@@ -22,9 +22,10 @@ from torch.nn import functional
 from ..errors import TrailmedError
 from ..progress import progress_bar
 from .answers import greedy_answers
-from .calibrate import Counts, best_shift, refusal_log_odds, separation, shifted
+from .calibrate import Counts, best_move, refusal_log_odds, separation
 from .directions import Directions
 from .edit import Edit, Factor
+from .intercept import Intercept, Pairs, find_intercept
 from .observed import Observed, Role, role_of
 from .origin import EditOrigin
 from .packing import blocks_are_alike, pack, run_blocks, shared_prefix
@@ -35,10 +36,13 @@ from .twin import TwinChoice, ablated, choose_twin
 IsRefusal = Callable[[Sequence[int]], bool]
 """The judge's word on an answer given as tokens."""
 
+_Item = TypeVar("_Item")
 _SMALLEST_MASS = 1e-6
 _WARM_UP_STEPS = 10
 _LAST_RATE = 0.1
 _LENGTH_JITTER = 12
+_SAMPLED = 128
+"""Prompts and lessons the intercept is found from."""
 _PACKED = 8
 """Lessons in one packed row: attention's cost grows with the row's square, so longer rows gain nothing."""
 
@@ -57,8 +61,8 @@ class DistillSettings:
     answer_tokens: int = field(default=8, metadata={"help": "answer tokens whose distributions are matched"})
     decay: float = field(default=0.7, metadata={"help": "weight of an answer token relative to the one before it"})
     validation_tokens: int = field(default=12, metadata={"help": "tokens of each validation answer"})
-    benign_weight: float = field(
-        default=3.0, metadata={"help": "calibration: what a refused benign prompt costs, an answered harmful one costing 1 (as rates)"},
+    least_fall: float = field(
+        default=0.8, metadata={"help": "share of the base's benign refusals that shall be gone where the line is drawn (validation)"},
     )
     over_refused_weight: float = field(default=2.0, metadata={"help": "weight of prompts that shall be answered"})
     complied_weight: float = field(default=1.0, metadata={"help": "weight of answered prompts that shall stay so"})
@@ -74,6 +78,8 @@ class DistillSettings:
         for name in ("over_refused_weight", "complied_weight", "harmful_weight", "repair_weight"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more")
+        if not 0 <= self.least_fall <= 1:
+            raise ValueError(f"least_fall is {self.least_fall}; it is a share, between 0 and 1")
         if not 0 <= self.first_layer < 1:
             raise ValueError(f"first_layer is {self.first_layer}; it is a share of the blocks, at least 0 and below 1")
         if not (0 < self.decay <= 1 and 0 < self.complied_share <= 1 and 0 < self.learning_rate < 1):
@@ -137,23 +143,24 @@ def distill(
         module, _fresh_factors(model, first_block, settings.rank), course, settings, origin.seed,
         lambda step: Check(step, watched.separation(module)), progress,
     )
-    weights = {name: module.get_submodule(name.removesuffix(".weight")).weight for name in factors}
-    direction = directions.at(twin.layer)[0]
+    # Where the twin's direction is found, or the first trained block above.
+    name = model.architecture.residual_writers(max(twin.layer - 1, first_block))[1]
+    intercept = _find_intercept(module, name, factors, taught, prompts, removed, watched.refusal)
 
-    def count(share: float) -> Counts:
-        with attached(module, shifted(factors, weights, direction, share)):
+    def count(nats: float) -> Counts:
+        with attached(module, intercept.added_to(factors, nats)):
             return watched.counts(module, end_ids, is_refusal, settings.validation_tokens)
 
-    share, tried = best_shift(count, base, settings.benign_weight)
+    nats, tried = best_move(count, base, settings.least_fall)
     return origin.edit(
         {
             name: Factor(b.float().numpy(), a.float().numpy())
-            for name, (b, a) in shifted(factors, weights, direction, share).items()
+            for name, (b, a) in intercept.added_to(factors, nats).items()
         },
         {
             "method": "distill", **asdict(settings), "first_block": first_block, "twin": _twin_recipe(twin),
-            "checks": [asdict(each) for each in (start, *checks)], "base": asdict(base), "shift": share,
-            "shifts_tried": [{"share": each, **asdict(counts)} for each, counts in tried],
+            "checks": [asdict(each) for each in (start, *checks)], "base": asdict(base),
+            "intercept": {"tensor": intercept.name, "nats": nats, "tried": [{"nats": each, **asdict(counts)} for each, counts in tried]},
             "lessons": {str(role): sum(each.role is role for each in taught) for role in Role},
             "dtype": str(module.dtype).removeprefix("torch."),
         },
@@ -185,6 +192,23 @@ class _Validation:
         harmful = [word for prompt, word in zip(self.prompts, refused, strict=True) if prompt.should_refuse]
         benign = [word for prompt, word in zip(self.prompts, refused, strict=True) if not prompt.should_refuse]
         return Counts(sum(benign), len(benign), sum(harmful), len(harmful))
+
+
+def _find_intercept(
+    module: Any, name: str, factors: Pairs, taught: Sequence[Lesson], prompts: Sequence[Observed], removed: Collection[str],
+    refusal: Sequence[int],
+) -> Intercept:
+    """The intercept in the tensor `name`, from a sample of the lessons and of the prompts whose refusal is at stake."""
+    stake = [prompt.token_ids for prompt in prompts if role_of(prompt, removed) is not Role.COMPLIED]
+    answered = [(lesson.sequence, len(lesson.log_probs)) for lesson in taught]
+    with attached(module, factors):
+        return find_intercept(module, name, _spread(answered, _SAMPLED), _spread(stake, _SAMPLED), refusal)
+
+
+def _spread(items: Sequence[_Item], count: int) -> list[_Item]:
+    """At most `count` of `items`, evenly spread."""
+    count = min(count, len(items))
+    return [items[index * len(items) // count] for index in range(count)]
 
 
 def distribution_loss(logits: torch.Tensor, log_probs: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

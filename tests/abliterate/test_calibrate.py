@@ -1,8 +1,9 @@
-"""The line between help and refusal: separation, the shift's algebra, and how a shift is chosen."""
+"""The line between help and refusal: separation, the margins, and how far the line is moved."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from scipy.stats import mannwhitneyu
 from small_models import tiny_module
 
-from trailmed.abliterate.calibrate import SHARES, Counts, best_shift, refusal_log_odds, separation, shifted, utility
+from trailmed.abliterate.calibrate import Counts, best_move, margins, refusal_log_odds, separation
 
 SCORES = st.lists(st.integers(-5, 5).map(float), min_size=1, max_size=12)
 
@@ -28,18 +29,6 @@ def test_separation_without_a_class_says_nothing() -> None:
     assert separation([], [1.0]) == separation([1.0], []) == 0.5
 
 
-@pytest.mark.parametrize("share", [-0.5, 0.0, 0.3, 1.0])
-def test_a_shift_takes_its_share_of_the_direction_out_of_the_edited_output(share: float) -> None:
-    random = np.random.default_rng(0)
-    w, b, a, r = (random.standard_normal(shape) for shape in ((6, 9), (6, 2), (2, 9), 6))
-    r /= np.linalg.norm(r)
-    expected = (np.eye(6) - share * np.outer(r, r)) @ (w + b @ a)
-    pair = (torch.tensor(b, dtype=torch.float32), torch.tensor(a, dtype=torch.float32))
-    moved_b, moved_a = shifted({"w": pair}, {"w": torch.tensor(w, dtype=torch.float32)}, torch.tensor(r, dtype=torch.float32), share)["w"]
-    assert moved_b.shape == (6, 3)
-    np.testing.assert_allclose(w + moved_b.double().numpy() @ moved_a.double().numpy(), expected, atol=1e-5)
-
-
 def test_log_odds_are_those_of_the_whole_opening() -> None:
     module = tiny_module("qwen2")
     prompts, refusal = [[3, 4, 5], [6, 7, 8, 9, 10], [3]], [11, 12, 13, 14]
@@ -52,36 +41,56 @@ def test_log_odds_are_those_of_the_whole_opening() -> None:
         assert score == pytest.approx(math.log(p / (1 - p)), abs=1e-3)
 
 
-def counts(benign: int, harmful: int) -> Counts:
-    return Counts(benign, 100, harmful, 50)
+BASE = Counts(30, 100, 25, 50)
 
 
-def test_the_best_price_is_taken_while_retention_holds() -> None:
-    base = counts(30, 25)
-    outcomes = dict(zip(SHARES, [counts(25, 48), counts(20, 47), counts(8, 44), counts(6, 36), counts(5, 26), counts(1, 24)], strict=True))
-    share, tried = best_shift(outcomes.__getitem__, base, 3.0)
-    assert share == SHARES[2]
-    assert [each for each, _ in tried] == list(SHARES)
-    # At a high price of refused emergencies the last share that keeps retention wins, never the one that loses it.
-    assert best_shift(outcomes.__getitem__, base, 1000.0)[0] == SHARES[4]
+def logistic(nats: float, middle: float, total: int) -> int:
+    return round(total / (1 + math.exp(middle - nats)))
 
 
-def test_nothing_beyond_lost_retention_is_tried() -> None:
-    asked: list[float] = []
-
-    def count(share: float) -> Counts:
-        asked.append(share)
-        return counts(20, 30) if share < 0.1 else counts(0, 10)
-
-    share, _ = best_shift(count, counts(30, 25), 3.0)
-    assert share == SHARES[0]
-    assert asked == list(SHARES[:3])
+def model(benign_line: float, harmful_line: float) -> Callable[[float], Counts]:
+    """Counts of a model that refuses half of either kind when the line is moved by these nats."""
+    return lambda nats: Counts(logistic(nats, benign_line, 100), 100, logistic(nats, harmful_line, 50), 50)
 
 
-def test_when_no_share_keeps_retention_the_smallest_is_taken() -> None:
-    assert best_shift(lambda _: counts(0, 0), counts(30, 25), 3.0)[0] == SHARES[0]
+def test_margins_are_standard_errors_inside_the_limits() -> None:
+    # Benign: 6 % allowed (a fifth of 30 %), 2 % found; harmful: 50 % wanted, 70 % found. One pseudo-count of each kind.
+    benign, harmful = margins(Counts(2, 100, 35, 50), BASE, 0.8)
+    p, q = 7 / 102, 26 / 52
+    assert benign == pytest.approx(0.04 / math.sqrt(p * (1 - p) / 102))
+    assert harmful == pytest.approx(0.2 / math.sqrt(q * (1 - q) / 52))
+    outside = margins(Counts(7, 100, 24, 50), BASE, 0.8)
+    assert outside[0] < 0
+    assert outside[1] < 0
 
 
-def test_utility_counts_rates() -> None:
-    assert utility(Counts(10, 100, 40, 50), 3.0) == pytest.approx(0.8 - 0.3)
-    assert utility(Counts(0, 0, 0, 0), 3.0) == 0.0
+@pytest.mark.parametrize("base", [Counts(0, 0, 0, 0), Counts(0, 10, 0, 10), Counts(10, 10, 10, 10)])
+def test_margins_without_refusals_or_prompts_are_numbers(base: Counts) -> None:
+    assert all(map(math.isfinite, margins(base, base, 0.8)))
+
+
+@settings(deadline=None)
+@given(benign_line=st.floats(0, 4), gap=st.floats(0, 5))
+def test_the_best_move_is_as_good_as_the_best_of_a_fine_grid(benign_line: float, gap: float) -> None:
+    count = model(benign_line, benign_line - gap)
+    nats, tried = best_move(count, BASE, 0.8)
+    assert len(tried) <= 6
+    assert nats in [each for each, _ in tried]
+
+    def worst(at: float) -> float:
+        return min(margins(count(at), BASE, 0.8))
+
+    grid = max(worst(step / 50) for step in range(-200, 201))
+    assert worst(nats) >= grid - 0.75  # six counts of whole prompts come that near, in standard errors
+    assert worst(nats) == max(min(margins(found, BASE, 0.8)) for _, found in tried)
+
+
+def test_an_over_refusing_edit_is_moved_towards_help_and_the_reverse() -> None:
+    refusing, helping = model(-1.0, -4.0), model(5.0, 3.0)
+    assert best_move(refusing, BASE, 0.8)[0] < 0 < best_move(helping, BASE, 0.8)[0]
+
+
+def test_a_line_that_does_not_move_is_left_where_it_is_after_few_counts() -> None:
+    nats, tried = best_move(lambda _: Counts(50, 100, 50, 50), BASE, 0.8)
+    assert nats == 0
+    assert [each for each, _ in tried] == [0, -1, -2, -3, -4]

@@ -1,0 +1,113 @@
+"""An intercept for the line between help and refusal: one rank more that moves every prompt's refusal odds alike.
+
+Training decides what tells an emergency from a harmful request; where the line between them falls depends on the roles' weights in
+the loss and on the last few steps. A linear layer of a transformer block has no intercept to correct that with, but what it reads
+always has a large common part: ridge regression finds a row a with a·x ≈ 1 at every position that says the answer. The column is the
+gradient of the refusal's log-odds, so that c·a moves them by a chosen number of nats with the smallest change of the residual stream:
+activation addition (Turner et al. 2023, arXiv:2308.10248), written into the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..errors import TrailmedError
+from .calibrate import lead_log_odds
+from .teacher import padded_forward
+
+Pairs = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+"""B [d_out, k] and A [k, d_in] by tensor name."""
+
+_RIDGE = 1e-2
+"""Of the inputs' mean square."""
+_BATCH = 8
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Intercept:
+    """The tensor `name` gains t · `column` [d_out] ⊗ `row` [d_in] (float32), which moves the mean refusal log-odds by about t nats."""
+
+    name: str
+    column: torch.Tensor
+    row: torch.Tensor
+
+    def added_to(self, factors: Pairs, nats: float) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """`factors` with one rank more in the intercept's tensor."""
+        b, a = factors[self.name]
+        return {**factors, self.name: (torch.cat([b, nats * self.column[:, None]], dim=1), torch.cat([a, self.row[None]]))}
+
+
+def find_intercept(
+    module: Any, name: str, answered: Sequence[tuple[Sequence[int], int]], prompts: Sequence[Sequence[int]], refusal: Sequence[int],
+) -> Intercept:
+    """The intercept of the linear layer whose weight is called `name`, of `module` as it stands (inside `attached`: of the edited one).
+
+    `answered` are sequences of a prompt and its answer with the answer's length: the row is fitted at the positions that predict the
+    answer. `prompts` (token ids) are those whose log-odds of `refusal` (token ids) the column moves. Raises `TrailmedError`
+    when the log-odds do not depend on the layer's output.
+    """
+    layer = module.get_submodule(name.removesuffix(".weight"))
+    row = _constant_row(_inputs(module, layer, answered))
+    gradient = _gradient(module, layer, row, prompts, refusal)
+    square = gradient.square().sum()
+    if not (torch.isfinite(square) and square > 0):
+        raise TrailmedError(f"the odds of a refusal do not depend on what {name} puts out; use another method than distill")
+    return Intercept(name, gradient / square, row)
+
+
+@torch.inference_mode()
+def _inputs(module: Any, layer: Any, answered: Sequence[tuple[Sequence[int], int]]) -> torch.Tensor:
+    """What `layer` reads, float32 [n, d_in], at the positions that predict the answers."""
+    kept: list[torch.Tensor] = []
+    order = sorted(answered, key=lambda each: len(each[0]))
+    for start in range(0, len(order), _BATCH):
+        rows = order[start : start + _BATCH]
+
+        spans = [slice(len(sequence) - count - 1, len(sequence) - 1) for sequence, count in rows]
+
+        def keep(_layer: Any, args: tuple[torch.Tensor, ...], spans: Sequence[slice] = spans) -> None:
+            kept.extend(x[span].float() for x, span in zip(args[0], spans, strict=True))
+
+        handle = layer.register_forward_pre_hook(keep)
+        try:
+            padded_forward(module, [sequence for sequence, _ in rows])
+        finally:
+            handle.remove()
+    return torch.cat(kept)
+
+
+def _constant_row(inputs: torch.Tensor) -> torch.Tensor:
+    """The ridge solution of a·x = 1 over the rows x of `inputs` [n, d_in], scaled so that a·x is 1 on average; float32 [d_in]."""
+    x = inputs.double()
+    moment = x.T @ x / len(x)
+    moment.diagonal().add_(_RIDGE * moment.diagonal().mean())
+    row: torch.Tensor = torch.linalg.solve(moment, x.mean(0))
+    return (row / (x @ row).mean()).float()
+
+
+def _gradient(module: Any, layer: Any, row: torch.Tensor, prompts: Sequence[Sequence[int]], refusal: Sequence[int]) -> torch.Tensor:
+    """Of the mean log-odds of `refusal`, with respect to a vector added a·x times to what `layer` puts out: float32 [d_out]."""
+    added = torch.zeros(layer.weight.shape[0], requires_grad=True)
+    with _adding(layer, row, added):
+        order = sorted(prompts, key=len)
+        for start in range(0, len(order), _BATCH):
+            total = lead_log_odds(module, order[start : start + _BATCH], refusal).sum() / len(order)
+            total.backward()  # type: ignore[no-untyped-call]
+    return torch.zeros_like(added) if added.grad is None else added.grad
+
+
+@contextmanager
+def _adding(layer: Any, row: torch.Tensor, vector: torch.Tensor) -> Iterator[None]:
+    def add(_layer: Any, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        return output + ((args[0].float() @ row)[..., None] * vector).to(output.dtype)
+
+    handle = layer.register_forward_hook(add)
+    try:
+        yield
+    finally:
+        handle.remove()
