@@ -115,7 +115,8 @@ def capture_activations(model: LoadedModel, prompts: Sequence[Prompt], *, progre
 def find_directions(activations: Activations, observed: Sequence[Observed], settings: EditSettings) -> Directions:
     """The directions `settings.method` needs, from the activations of `observed` (same prompts, same order).
 
-    `distill` asks the ablated twin of *all* refusal, so its direction is taken from every refused prompt and left as it is; the others
+    `distill` asks the ablated twin of *all* refusal, so its directions are taken from every refused prompt, category by category, and left
+    as they are (the first is what the categories share); the others
     take the over-refusal direction of the removed categories, orthogonal to the harmful-refusal one (Wang et al. 2024).
     """
     masks = masks_by_role(observed, settings.removed)
@@ -123,8 +124,14 @@ def find_directions(activations: Activations, observed: Sequence[Observed], sett
     if not over_refused.any():
         raise TrailmedError("the base refuses none of the fit prompts of the categories to remove; there is nothing to edit")
     if settings.method is Method.DISTILL:
-        plain = DirectionSettings(winsorize_quantile=1.0, gram_schmidt=False, orthogonalize_harmful=0.0)
-        return compute_directions(activations, over_refused | harmful, masks[Role.COMPLIED], harmful, plain)
+        refused = over_refused | harmful
+        categories = [prompt.category for prompt in observed]
+        present = {category for category, one in zip(categories, refused.tolist(), strict=True) if one}
+        plain = DirectionSettings(
+            winsorize_quantile=1.0, gram_schmidt=False, orthogonalize_harmful=0.0, rank=min(settings.rank, len(present)),
+            subspace="categories",
+        )
+        return compute_directions(activations, refused, masks[Role.COMPLIED], harmful, plain, categories=categories)
     return compute_directions(
         activations, over_refused, masks[Role.COMPLIED], harmful, DirectionSettings(rank=settings.rank),
         categories=[prompt.category for prompt in observed],

@@ -34,7 +34,7 @@ class EditSettings:
     method: Method = field(default=Method.DISTILL, metadata={"help": "how the edit is made"})
     rank: int = field(default=4, metadata={"help": "rank k of each tensor's edit (project, biproject, gated: directions per layer)"})
     alpha: float = field(default=1.0, metadata={"help": "strength of project, biproject and gated; distill finds its own"})
-    epochs: int = field(default=4, metadata={"help": "distill only: passes over the fit prompts"})
+    epochs: int = field(default=3, metadata={"help": "distill only: passes over the fit prompts"})
     seed: int = field(default=0, metadata={"help": "seed of everything random"})
 
     def __post_init__(self) -> None:

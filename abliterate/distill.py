@@ -11,13 +11,11 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
-from torch.nn import functional
 
 from ..errors import TrailmedError
 from ..progress import progress_bar
@@ -25,11 +23,11 @@ from .answers import greedy_answers
 from .calibrate import Counts, best_move, refusal_log_odds, separation
 from .directions import Directions
 from .edit import Edit, Factor
-from .intercept import Intercept, Pairs, find_intercept
+from .factors import Pairs, attached, starting_factors
+from .intercept import Intercept, find_intercept
 from .observed import Observed, Role, role_of
 from .origin import EditOrigin
 from .packing import blocks_are_alike, pack, run_blocks, shared_prefix
-from .project import COMPONENTS
 from .teacher import Lesson, lessons, output_logits, padded_forward, prefix_stream, stock_refusal, word_for_word
 from .twin import TwinChoice, ablated, choose_twin
 
@@ -41,6 +39,8 @@ _SMALLEST_MASS = 1e-6
 _WARM_UP_STEPS = 10
 _LAST_RATE = 0.1
 _LENGTH_JITTER = 12
+_PROBED = 16
+"""Prompts the residual stream's length is measured on."""
 _SAMPLED = 128
 """Prompts and lessons the intercept is found from."""
 _PACKED = 8
@@ -53,10 +53,10 @@ class DistillSettings:
 
     rank: int = field(default=4, metadata={"help": "rank k of each tensor's edit"})
     first_layer: float = field(default=1 / 3, metadata={"help": "share of the blocks, from the bottom, that is left alone"})
-    epochs: int = field(default=4, metadata={"help": "passes over the fit prompts"})
+    epochs: int = field(default=3, metadata={"help": "passes over the fit prompts"})
     checks_per_epoch: int = field(default=1, metadata={"help": "how often an epoch is interrupted to answer the validation prompts"})
-    learning_rate: float = field(default=6e-3, metadata={"help": "Adam's peak learning rate"})
-    complied_share: float = field(default=0.5, metadata={"help": "share of the answered prompts seen in each epoch, drawn anew"})
+    learning_rate: float = field(default=4e-4, metadata={"help": "Adam's peak learning rate"})
+    complied_share: float = field(default=0.7, metadata={"help": "share of the answered prompts seen in each epoch, drawn anew"})
     batch: int = field(default=8, metadata={"help": "prompts per step"})
     answer_tokens: int = field(default=8, metadata={"help": "answer tokens whose distributions are matched"})
     decay: float = field(default=0.7, metadata={"help": "weight of an answer token relative to the one before it"})
@@ -65,7 +65,7 @@ class DistillSettings:
         default=0.8, metadata={"help": "share of the base's benign refusals that shall be gone where the line is drawn (validation)"},
     )
     over_refused_weight: float = field(default=2.0, metadata={"help": "weight of prompts that shall be answered"})
-    complied_weight: float = field(default=1.0, metadata={"help": "weight of answered prompts that shall stay so"})
+    complied_weight: float = field(default=3.0, metadata={"help": "weight of answered prompts that shall stay so"})
     harmful_weight: float = field(default=1.0, metadata={"help": "weight of refused harmful prompts that shall stay so"})
     repair_weight: float = field(
         default=0.5, metadata={"help": "weight of harmful prompts the base answers, taught to be refused; 0 leaves them out"},
@@ -140,7 +140,8 @@ def distill(
     start = Check(0, watched.separation(module))
     torch.manual_seed(origin.seed)
     factors, checks = _train(
-        module, _fresh_factors(model, first_block, settings.rank), course, settings, origin.seed,
+        module, starting_factors(model, first_block, settings.rank, directions, _spread(over_refused, _PROBED)), course, settings,
+        origin.seed,
         lambda step: Check(step, watched.separation(module)), progress,
     )
     # Where the twin's direction is found, or the first trained block above.
@@ -223,26 +224,6 @@ def distribution_loss(logits: torch.Tensor, log_probs: torch.Tensor, tokens: tor
     return (log_probs.exp() * (log_probs - student)).sum(-1) + rest * (rest.log() - student_rest.log())
 
 
-@contextmanager
-def attached(module: Any, factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> Iterator[None]:
-    """While open, every linear layer named in `factors` (tensor name → B [d_out, k], A [k, d_in]) adds B A x to its output."""
-    handles = []
-
-    def adding(b: torch.Tensor, a: torch.Tensor) -> Callable[[Any, tuple[torch.Tensor, ...], torch.Tensor], torch.Tensor]:
-        def add(_layer: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-            x = inputs[0]
-            return output + functional.linear(functional.linear(x, a.to(x.dtype)), b.to(x.dtype))
-        return add
-
-    for name, (b, a) in factors.items():
-        handles.append(module.get_submodule(name.removesuffix(".weight")).register_forward_hook(adding(b, a)))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def _all_lessons(
     module: Any, prompts: Sequence[Observed], roles: Sequence[Role], direction: torch.Tensor, first_block: int,
     prefix: int, end_ids: Collection[int], is_refusal: IsRefusal, settings: DistillSettings, progress: bool,
@@ -273,19 +254,6 @@ def _all_lessons(
     return taught + [
         replace(said, hidden=seen.hidden) for said, seen in zip(by_twin, by_base, strict=True)
     ]
-
-
-def _fresh_factors(model: Any, first_block: int, rank: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """B zero and A random for every residual writer from `first_block` on: training starts at the base."""
-    weights = model.module.state_dict()
-    factors = {}
-    for block in range(first_block, len(model.module.model.layers)):
-        for name in model.architecture.residual_writers(block):
-            if name.split(".")[-2] in COMPONENTS:
-                d_out, d_in = weights[name].shape
-                a = torch.randn(rank, d_in) / math.sqrt(d_in)
-                factors[name] = (torch.zeros(d_out, rank, requires_grad=True), a.requires_grad_())
-    return factors
 
 
 def _train(

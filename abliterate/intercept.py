@@ -9,7 +9,7 @@ activation addition (Turner et al. 2023, arXiv:2308.10248), written into the wei
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,10 +18,8 @@ import torch
 
 from ..errors import TrailmedError
 from .calibrate import lead_log_odds
+from .factors import Pairs
 from .teacher import padded_forward
-
-Pairs = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
-"""B [d_out, k] and A [k, d_in] by tensor name."""
 
 _RIDGE = 1e-2
 """Of the inputs' mean square."""

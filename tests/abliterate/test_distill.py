@@ -20,8 +20,9 @@ from small_models import tiny_module
 
 from trailmed.abliterate.answers import greedy_answers
 from trailmed.abliterate.directions import Directions
-from trailmed.abliterate.distill import DistillSettings, attached, distill, distribution_loss, token_weights
+from trailmed.abliterate.distill import DistillSettings, distill, distribution_loss, token_weights
 from trailmed.abliterate.edit import Edit
+from trailmed.abliterate.factors import attached
 from trailmed.abliterate.observed import Observed, Role, masks_by_role
 from trailmed.abliterate.origin import EditOrigin
 from trailmed.abliterate.twin import ablated

@@ -8,7 +8,7 @@ import torch
 from small_models import tiny_module
 
 from trailmed.abliterate.calibrate import refusal_log_odds
-from trailmed.abliterate.distill import attached
+from trailmed.abliterate.factors import attached
 from trailmed.abliterate.intercept import Intercept, find_intercept
 from trailmed.errors import TrailmedError
 
