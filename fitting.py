@@ -164,14 +164,18 @@ def fit_edit(
 def fit_prompts(benchmark: Sequence[Prompt], retain: Sequence[Prompt]) -> tuple[list[Prompt], list[Prompt]]:
     """(fit, validation): the benchmark's splits, each with its part of the retain set, whole scenarios at a time.
 
-    Raises `TrailmedError` when a split is empty.
+    Of the retain scenarios on validation's side only the harmful prompts are used: its benign ones are written to be hard, and a line
+    drawn by them answers more harmful prompts than the benchmark's benign prompts call for. Raises `TrailmedError` when a split is empty.
     """
     fit = [prompt for prompt in benchmark if prompt.split is Split.FIT]
     validation = [prompt for prompt in benchmark if prompt.split is Split.VALIDATION]
     if not fit or not validation:
         raise TrailmedError("the prompts have no fit or no validation split; give more scenarios")
     for prompt in retain:
-        (validation if _share_of(prompt.scenario) < _RETAIN_VALIDATION_SHARE else fit).append(prompt)
+        if _share_of(prompt.scenario) >= _RETAIN_VALIDATION_SHARE:
+            fit.append(prompt)
+        elif prompt.category is Category.SHOULD_REFUSE:
+            validation.append(prompt)
     return fit, validation
 
 
