@@ -13,7 +13,7 @@ import math
 import random
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -25,7 +25,7 @@ from .directions import Directions
 from .edit import Edit, Factor
 from .factors import Pairs, attached, starting_factors
 from .intercept import Intercept, find_intercept
-from .observed import Observed, Role, role_of
+from .observed import Observed, Role, evenly_spread, role_of
 from .origin import EditOrigin
 from .packing import blocks_are_alike, pack, run_blocks, shared_prefix
 from .teacher import Lesson, lessons, output_logits, padded_forward, prefix_stream, stock_refusal, word_for_word
@@ -34,7 +34,6 @@ from .twin import TwinChoice, ablated, choose_twin
 IsRefusal = Callable[[Sequence[int]], bool]
 """The judge's word on an answer given as tokens."""
 
-_Item = TypeVar("_Item")
 _SMALLEST_MASS = 1e-6
 _WARM_UP_STEPS = 10
 _LAST_RATE = 0.1
@@ -140,7 +139,7 @@ def distill(
     start = Check(0, watched.separation(module))
     torch.manual_seed(origin.seed)
     factors, checks = _train(
-        module, starting_factors(model, first_block, settings.rank, directions, _spread(over_refused, _PROBED)), course, settings,
+        module, starting_factors(model, first_block, settings.rank, directions, evenly_spread(over_refused, _PROBED)), course, settings,
         origin.seed,
         lambda step: Check(step, watched.separation(module)), progress,
     )
@@ -203,13 +202,7 @@ def _find_intercept(
     stake = [prompt.token_ids for prompt in prompts if role_of(prompt, removed) is not Role.COMPLIED]
     answered = [(lesson.sequence, len(lesson.log_probs)) for lesson in taught]
     with attached(module, factors):
-        return find_intercept(module, name, _spread(answered, _SAMPLED), _spread(stake, _SAMPLED), refusal)
-
-
-def _spread(items: Sequence[_Item], count: int) -> list[_Item]:
-    """At most `count` of `items`, evenly spread."""
-    count = min(count, len(items))
-    return [items[index * len(items) // count] for index in range(count)]
+        return find_intercept(module, name, evenly_spread(answered, _SAMPLED), evenly_spread(stake, _SAMPLED), refusal)
 
 
 def distribution_loss(logits: torch.Tensor, log_probs: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

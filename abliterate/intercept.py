@@ -9,8 +9,7 @@ activation addition (Turner et al. 2023, arXiv:2308.10248), written into the wei
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +17,7 @@ import torch
 
 from ..errors import TrailmedError
 from .calibrate import lead_log_odds
-from .factors import Pairs
+from .factors import Pairs, attached
 from .teacher import padded_forward
 
 _RIDGE = 1e-2
@@ -51,7 +50,7 @@ def find_intercept(
     """
     layer = module.get_submodule(name.removesuffix(".weight"))
     row = _constant_row(_inputs(module, layer, answered))
-    gradient = _gradient(module, layer, row, prompts, refusal)
+    gradient = _gradient(module, name, row, prompts, refusal)
     square = gradient.square().sum()
     if not (torch.isfinite(square) and square > 0):
         raise TrailmedError(f"the odds of a refusal do not depend on what {name} puts out; use another method than distill")
@@ -88,24 +87,12 @@ def _constant_row(inputs: torch.Tensor) -> torch.Tensor:
     return (row / (x @ row).mean()).float()
 
 
-def _gradient(module: Any, layer: Any, row: torch.Tensor, prompts: Sequence[Sequence[int]], refusal: Sequence[int]) -> torch.Tensor:
-    """Of the mean log-odds of `refusal`, with respect to a vector added a·x times to what `layer` puts out: float32 [d_out]."""
-    added = torch.zeros(layer.weight.shape[0], requires_grad=True)
-    with _adding(layer, row, added):
+def _gradient(module: Any, name: str, row: torch.Tensor, prompts: Sequence[Sequence[int]], refusal: Sequence[int]) -> torch.Tensor:
+    """Of the mean log-odds of `refusal`, with respect to a vector added a·x times to what the layer puts out: float32 [d_out]."""
+    added = torch.zeros(module.get_parameter(name).shape[0], requires_grad=True)
+    with attached(module, {name: (added[:, None], row[None])}):
         order = sorted(prompts, key=len)
         for start in range(0, len(order), _BATCH):
             total = lead_log_odds(module, order[start : start + _BATCH], refusal).sum() / len(order)
             total.backward()  # type: ignore[no-untyped-call]
     return torch.zeros_like(added) if added.grad is None else added.grad
-
-
-@contextmanager
-def _adding(layer: Any, row: torch.Tensor, vector: torch.Tensor) -> Iterator[None]:
-    def add(_layer: Any, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-        return output + ((args[0].float() @ row)[..., None] * vector).to(output.dtype)
-
-    handle = layer.register_forward_hook(add)
-    try:
-        yield
-    finally:
-        handle.remove()

@@ -9,8 +9,11 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import TypeVar
 
 import torch
+
+_Item = TypeVar("_Item")
 
 
 class Role(StrEnum):
@@ -56,3 +59,9 @@ def masks_by_role(prompts: Sequence[Observed], removed: Collection[str]) -> Mapp
     """For every role a bool tensor [n]: which of `prompts` have it."""
     roles = [role_of(prompt, removed) for prompt in prompts]
     return {role: torch.tensor([each is role for each in roles], dtype=torch.bool) for role in Role}
+
+
+def evenly_spread(items: Sequence[_Item], count: int) -> list[_Item]:
+    """At most `count` of `items`, evenly spread, in their order."""
+    count = min(count, len(items))
+    return [items[index * len(items) // count] for index in range(count)]

@@ -16,6 +16,7 @@ import torch
 from ..errors import TrailmedError
 from .answers import greedy_answers
 from .directions import Directions
+from .observed import evenly_spread
 
 _PROBE_PROMPTS = 24
 _PROBE_TOKENS = 10
@@ -59,8 +60,7 @@ def choose_twin(
     Asks an even sample of them at each candidate layer; the earliest of equally good ones is taken. Raises `TrailmedError` when no
     candidate makes the module answer at least half: then these directions are not what refusal hangs on.
     """
-    asked = min(len(over_refused), _PROBE_PROMPTS)
-    probes = [over_refused[index * len(over_refused) // asked] for index in range(asked)]
+    probes = evenly_spread(over_refused, _PROBE_PROMPTS)
     refused = {}
     for layer in sorted({round(share * directions.layers) for share in _CANDIDATE_SHARES}):
         rows = directions.at(layer)
