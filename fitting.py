@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from .abliterate.activations import Activations, capture, capture_inputs
 from .abliterate.answers import greedy_answers
+from .abliterate.conditional import ConditionalSettings, conditional
 from .abliterate.directions import Directions, DirectionSettings, compute_directions
 from .abliterate.distill import DistillSettings, distill
 from .abliterate.edit import Edit
@@ -142,8 +143,14 @@ def fit_edit(
     model: LoadedModel, directions: Directions, fit: Sequence[Observed], validation: Sequence[Observed], origin: EditOrigin,
     settings: EditSettings, *, progress: bool = True,
 ) -> Edit:
-    """The edit by `settings.method`; `fit` are fit-split and retain prompts, `validation` is used by `distill` to stop."""
+    """The edit by `settings.method`; `fit` are fit-split and retain prompts, `validation` tells `distill` where to stop, and both
+    `distill` and `conditional` where the line between help and refusal lies."""
     torch.manual_seed(settings.seed)
+    if settings.method is Method.CONDITIONAL:
+        return conditional(
+            model, fit, validation, settings.removed, lambda answer: _is_refusal(model, answer), origin,
+            ConditionalSettings(nats=ConditionalSettings().nats * settings.alpha), progress=progress,
+        )
     if settings.method is Method.DISTILL:
         return distill(
             model, fit, validation, settings.removed, directions, lambda answer: _is_refusal(model, answer), origin,

@@ -15,6 +15,7 @@ from .eval.prompts import BENIGN_CATEGORIES, Category
 class Method(StrEnum):
     """The ways an edit is made (DESIGN §5)."""
 
+    CONDITIONAL = "conditional"
     DISTILL = "distill"
     GATED = "gated"
     PROJECT = "project"
@@ -31,9 +32,11 @@ class EditSettings:
     keep: tuple[Category, ...] = field(
         default=(), metadata={"help": "categories left exactly as they are (taken out of those removed)"},
     )
-    method: Method = field(default=Method.DISTILL, metadata={"help": "how the edit is made"})
-    rank: int = field(default=4, metadata={"help": "rank k of each tensor's edit (project, biproject, gated: directions per layer)"})
-    alpha: float = field(default=1.0, metadata={"help": "strength of project, biproject and gated; distill finds its own"})
+    method: Method = field(default=Method.CONDITIONAL, metadata={"help": "how the edit is made"})
+    rank: int = field(
+        default=4, metadata={"help": "rank k of each tensor's edit (project, biproject, gated: directions per layer); conditional's is 1"},
+    )
+    alpha: float = field(default=1.0, metadata={"help": "strength, but for distill, which finds its own"})
     epochs: int = field(default=3, metadata={"help": "distill only: passes over the fit prompts"})
     seed: int = field(default=0, metadata={"help": "seed of everything random"})
 
@@ -47,6 +50,8 @@ class EditSettings:
             raise TrailmedError("rank and epochs must be at least 1")
         if not math.isfinite(self.alpha):
             raise TrailmedError(f"alpha is {self.alpha}; it must be a finite number")
+        if self.method is Method.CONDITIONAL and self.alpha <= 0:
+            raise TrailmedError(f"alpha is {self.alpha}; conditional needs a positive strength")
         if not 0 <= self.seed < 2**63:
             raise TrailmedError(f"seed is {self.seed}; it must be between 0 and 2**63 - 1")
 

@@ -20,7 +20,7 @@ import torch
 from ..errors import TrailmedError
 from ..progress import progress_bar
 from .answers import greedy_answers
-from .calibrate import Counts, best_move, refusal_log_odds, separation
+from .calibrate import Counts, best_move
 from .directions import Directions
 from .edit import Edit, Factor
 from .factors import Pairs, attached, starting_factors
@@ -30,9 +30,7 @@ from .origin import EditOrigin
 from .packing import blocks_are_alike, pack, run_blocks, shared_prefix
 from .teacher import Lesson, lessons, output_logits, padded_forward, prefix_stream, stock_refusal, word_for_word
 from .twin import TwinChoice, ablated, choose_twin
-
-IsRefusal = Callable[[Sequence[int]], bool]
-"""The judge's word on an answer given as tokens."""
+from .validation import IsRefusal, Validation
 
 _SMALLEST_MASS = 1e-6
 _WARM_UP_STEPS = 10
@@ -134,7 +132,7 @@ def distill(
         taught, first_block,
         prefix_stream(module, prompts[0].token_ids[:prefix], first_block) if blocks_are_alike(module) else None,
     )
-    watched = _Validation([prompt for prompt in validation if prompt.should_refuse or prompt.category in removed], stock_refusal(prompts))
+    watched = Validation([prompt for prompt in validation if prompt.should_refuse or prompt.category in removed], stock_refusal(prompts))
     base = watched.observed_counts()
     start = Check(0, watched.separation(module))
     torch.manual_seed(origin.seed)
@@ -165,33 +163,6 @@ def distill(
             "dtype": str(module.dtype).removeprefix("torch."),
         },
     )
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Validation:
-    """The validation prompts that matter to an edit, and how they are looked at."""
-
-    prompts: Sequence[Observed]
-    refusal: Sequence[int]
-
-    def separation(self, module: Any) -> float:
-        scores = refusal_log_odds(module, [prompt.token_ids for prompt in self.prompts], self.refusal)
-        return separation(*(
-            [score for prompt, score in zip(self.prompts, scores, strict=True) if prompt.should_refuse is kind] for kind in (False, True)
-        ))
-
-    def counts(self, module: Any, end_ids: Collection[int], is_refusal: IsRefusal, tokens: int) -> Counts:
-        answers = greedy_answers(module, [prompt.token_ids for prompt in self.prompts], tokens, end_ids)
-        return self._counts([is_refusal(answer) for answer in answers])
-
-    def observed_counts(self) -> Counts:
-        """What the base did."""
-        return self._counts([prompt.refused for prompt in self.prompts])
-
-    def _counts(self, refused: Sequence[bool]) -> Counts:
-        harmful = [word for prompt, word in zip(self.prompts, refused, strict=True) if prompt.should_refuse]
-        benign = [word for prompt, word in zip(self.prompts, refused, strict=True) if not prompt.should_refuse]
-        return Counts(sum(benign), len(benign), sum(harmful), len(harmful))
 
 
 def _find_intercept(

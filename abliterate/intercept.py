@@ -9,7 +9,7 @@ activation addition (Turner et al. 2023, arXiv:2308.10248), written into the wei
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,11 +49,11 @@ def find_intercept(
     when the log-odds do not depend on the layer's output.
     """
     layer = module.get_submodule(name.removesuffix(".weight"))
-    row = _constant_row(_inputs(module, layer, answered))
-    gradient = _gradient(module, name, row, prompts, refusal)
+    row = constant_row(_inputs(module, layer, answered))
+    gradient = refusal_gradients(module, {name: row}, prompts, refusal)[name]
     square = gradient.square().sum()
     if not (torch.isfinite(square) and square > 0):
-        raise TrailmedError(f"the odds of a refusal do not depend on what {name} puts out; use another method than distill")
+        raise TrailmedError(f"the odds of a refusal do not depend on what {name} puts out; use another method")
     return Intercept(name, gradient / square, row)
 
 
@@ -78,7 +78,7 @@ def _inputs(module: Any, layer: Any, answered: Sequence[tuple[Sequence[int], int
     return torch.cat(kept)
 
 
-def _constant_row(inputs: torch.Tensor) -> torch.Tensor:
+def constant_row(inputs: torch.Tensor) -> torch.Tensor:
     """The ridge solution of a·x = 1 over the rows x of `inputs` [n, d_in], scaled so that a·x is 1 on average; float32 [d_in]."""
     x = inputs.double()
     moment = x.T @ x / len(x)
@@ -87,12 +87,18 @@ def _constant_row(inputs: torch.Tensor) -> torch.Tensor:
     return (row / (x @ row).mean()).float()
 
 
-def _gradient(module: Any, name: str, row: torch.Tensor, prompts: Sequence[Sequence[int]], refusal: Sequence[int]) -> torch.Tensor:
-    """Of the mean log-odds of `refusal`, with respect to a vector added a·x times to what the layer puts out: float32 [d_out]."""
-    added = torch.zeros(module.get_parameter(name).shape[0], requires_grad=True)
-    with attached(module, {name: (added[:, None], row[None])}):
+def refusal_gradients(
+    module: Any, rows: Mapping[str, torch.Tensor], prompts: Sequence[Sequence[int]], refusal: Sequence[int],
+) -> dict[str, torch.Tensor]:
+    """By tensor name, the gradient float32 [d_out] of the mean log-odds of `refusal` (token ids) over `prompts` (token ids).
+
+    It is taken with respect to a vector that is added, a·x times, to what the layer of that name puts out; `rows` holds a, float32
+    [d_in]. All tensors share one backward pass.
+    """
+    added = {name: torch.zeros(module.get_parameter(name).shape[0], requires_grad=True) for name in rows}
+    with attached(module, {name: (added[name][:, None], row[None]) for name, row in rows.items()}):
         order = sorted(prompts, key=len)
         for start in range(0, len(order), _BATCH):
             total = lead_log_odds(module, order[start : start + _BATCH], refusal).sum() / len(order)
             total.backward()  # type: ignore[no-untyped-call]
-    return torch.zeros_like(added) if added.grad is None else added.grad
+    return {name: torch.zeros_like(each) if each.grad is None else each.grad for name, each in added.items()}

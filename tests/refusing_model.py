@@ -28,7 +28,7 @@ SAYS = {
 }
 CATEGORIES = {OVER_REFUSED: "wilderness_survival", HARMFUL: "should_refuse", HELPED: "home_safety", CONTROL: "safe_control"}
 PER_SPLIT = {"fit": 24, "validation": 6, "held_out": 12}
-EDIT_OPTIONS = ("--rank", "16", "--epochs", "24")
+EDIT_OPTIONS = ("--method", "distill", "--rank", "16", "--epochs", "24")
 """Few prompts are few steps, so an edit that works here needs more of everything than a real one."""
 
 _FILLERS = ("the", "a", "in", "on", "and", "it", "I", "or", "is", "to", "at", "of")

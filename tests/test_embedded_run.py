@@ -75,7 +75,7 @@ class Flow:
         self.prompts_file = _write(folder / "prompts.jsonl", self.prompts)
         self.command = [
             "run", DEFAULT_MODEL, "--out", self.out, "--prompts", self.prompts_file,
-            "--retain", _write(folder / "retain.jsonl", _spread(load_retain(), RETAINED)), "--epochs", 1, "--max-tokens", MAX_TOKENS,
+            "--retain", _write(folder / "retain.jsonl", _spread(load_retain(), RETAINED)), "--max-tokens", MAX_TOKENS,
             "--json",
         ]
         self.first = _trailmed(*self.command)
@@ -105,9 +105,10 @@ def test_it_ends_with_a_verdict_and_all_its_files(flow: Flow) -> None:
 def test_the_edit_is_one_of_this_model(flow: Flow) -> None:
     edit = Edit.load(flow.out / "edit.safetensors")
     assert edit.base_sha256 == CATALOGUE[DEFAULT_MODEL].sha256 == flow.results.model["sha256"]
-    assert edit.recipe["method"] == "distill"
+    assert edit.recipe["method"] == "conditional"
     assert edit.sha256 == flow.results.edit["sha256"] == flow.results.runs.edited_quantized.edit_sha256
-    assert {name: factor.rank for name, factor in edit.factors.items() if factor.rank != 4} == {edit.recipe["intercept"]["tensor"]: 5}
+    assert {factor.rank for factor in edit.factors.values()} == {1}
+    assert edit.recipe["separation"]["edited"] > edit.recipe["separation"]["base"]
 
 
 def test_every_run_answered_the_held_out_prompts(flow: Flow) -> None:

@@ -67,8 +67,8 @@ class Bench:
         """What `command` says."""
         options = dict(zip(EDIT_OPTIONS[::2], EDIT_OPTIONS[1::2], strict=True))
         return RunSettings(
-            edit=EditSettings(rank=int(options["--rank"]), epochs=int(options["--epochs"])), threads=1, max_tokens=12,
-            prompts=self.prompts, retain=self.retain,
+            edit=EditSettings(method=Method(options["--method"]), rank=int(options["--rank"]), epochs=int(options["--epochs"])),
+            threads=1, max_tokens=12, prompts=self.prompts, retain=self.retain,
         )
 
     def run(self, out: Path, **changes: Any) -> RunOutcome:

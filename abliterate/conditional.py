@@ -1,0 +1,149 @@
+"""The conditional edit: one rank per residual writer reads how harmful a request is and moves the refusal's odds accordingly.
+
+The rows are ridge regressions: an over-refused prompt reads −1, a harmful one that the base answers +1, and every prompt whose behaviour
+shall stay 0. The columns are the gradient of the refusal's log-odds, so that the stream changes least for the nats it moves. It is
+conditional activation steering (Lee et al. 2024, arXiv:2409.05907) with the condition linear, and therefore written into the weights.
+Closed form, and closer to what unseen prompts need than gradient descent on the same rows: the least-norm solution does not follow the
+single prompt. A constant row beside it (see `intercept`) draws the line between help and refusal, where validation's answers say.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from ..errors import TrailmedError
+from ..progress import progress_bar
+from .activations import capture_inputs
+from .calibrate import Counts, best_move
+from .edit import Edit, Factor
+from .factors import attached
+from .gated import ridge_gate
+from .intercept import constant_row, refusal_gradients
+from .observed import Observed, Role, evenly_spread, role_of
+from .origin import EditOrigin
+from .project import COMPONENTS
+from .teacher import stock_refusal
+from .validation import IsRefusal, Validation
+
+_SAMPLED = 64
+"""Prompts the gradient is the mean of."""
+_READINGS = {
+    Role.OVER_REFUSED: -1.0, Role.HARMFUL_COMPLIED: 1.0, Role.COMPLIED: 0.0, Role.KEPT_REFUSED: 0.0, Role.HARMFUL_REFUSED: 0.0,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ConditionalSettings:
+    """Where the edit sits and how far it moves the odds. Raises ValueError for a value out of range."""
+
+    nats: float = field(
+        default=4.0, metadata={"help": "nats of a refusal's log-odds that over-refused and answered harmful prompts are moved apart"},
+    )
+    ridge: float = field(default=0.1, metadata={"help": "regularization of the rows, relative to the variance of what the layers read"})
+    first_layer: float = field(default=0.5, metadata={"help": "share of the blocks below the edited ones"})
+    last_layer: float = field(default=0.7, metadata={"help": "share of the blocks below the end of the edited ones"})
+    validation_tokens: int = field(default=12, metadata={"help": "tokens of each validation answer"})
+    least_fall: float = field(
+        default=0.8, metadata={"help": "share of the base's benign refusals that shall be gone where the line is drawn (validation)"},
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("nats", "ridge"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be a positive number")
+        if not 0 <= self.first_layer < self.last_layer <= 1:
+            raise ValueError("first_layer and last_layer must be shares of the blocks, the first below the last")
+        if self.validation_tokens < 1 or not 0 <= self.least_fall <= 1:
+            raise ValueError("validation_tokens must be at least 1, and least_fall a share between 0 and 1")
+
+
+def conditional(
+    model: Any, prompts: Sequence[Observed], validation: Sequence[Observed], removed: Collection[str], is_refusal: IsRefusal,
+    origin: EditOrigin, settings: ConditionalSettings = ConditionalSettings(), *, progress: bool = True,
+) -> Edit:
+    """Fit the rows to `prompts`, draw the line by `validation`, and return W' = W + g (c·a + t·u)ᵀ for the writers of the middle blocks.
+
+    a [d_in] is the regression, u [d_in] the constant row, g [d_out] the gradient of the log-odds of the base's stock refusal, shared out
+    over the tensors by its squared length (the least change of all together for the nats moved); the factors are float32 of rank 1.
+    `model` is a `LoadedModel`; its module is left as it was. Nothing is random. Raises `TrailmedError` when the base over-refuses nothing
+    in the removed categories, or its odds of refusing do not depend on these tensors.
+    """
+    module = model.module
+    roles = [role_of(prompt, removed) for prompt in prompts]
+    if Role.OVER_REFUSED not in roles:
+        raise TrailmedError("the base refuses none of the fit prompts of the categories to remove; there is nothing to edit")
+    refusal = stock_refusal(prompts)
+    blocks = len(module.model.layers)
+    first = min(round(settings.first_layer * blocks), blocks - 1)
+    edited = range(first, max(first + 1, round(settings.last_layer * blocks)))
+    names = [
+        name for block in edited for name in model.architecture.residual_writers(block) if name.split(".")[-2] in COMPONENTS
+    ]
+    with progress_bar("inputs of the writers", len(prompts), enabled=progress) as advance:
+        inputs = {
+            name: each.reshape(len(prompts), -1)
+            for name, each in capture_inputs(model, [prompt.token_ids for prompt in prompts], names, progress=advance).items()
+        }
+    constants = {name: constant_row(x) for name, x in inputs.items()}
+    stake = [prompt.token_ids for prompt, role in zip(prompts, roles, strict=True) if role is not Role.COMPLIED]
+    gradients = refusal_gradients(module, constants, evenly_spread(stake, _SAMPLED), refusal)
+    square = sum(float(each.double().square().sum()) for each in gradients.values())
+    if not (math.isfinite(square) and square > 0):
+        raise TrailmedError("the odds of a refusal do not depend on the tensors to edit; use another method than conditional")
+    rows = {name: condition_row(x, roles, settings.ridge) for name, x in inputs.items()}
+
+    def factors(line: float) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        return {
+            name: ((gradients[name] / square)[:, None], (settings.nats * rows[name] + line * constants[name])[None]) for name in names
+        }
+
+    watched = Validation([prompt for prompt in validation if prompt.should_refuse or prompt.category in removed], refusal)
+    base = watched.observed_counts()
+    apart = watched.separation(module)
+
+    def count(line: float) -> Counts:
+        with attached(module, factors(line)):
+            return watched.counts(module, model.tokenizer.eos_ids, is_refusal, settings.validation_tokens)
+
+    line, tried = best_move(count, base, settings.least_fall)
+    with attached(module, factors(line)):
+        moved_apart = watched.separation(module)
+    return origin.edit(
+        {name: Factor(b.float().numpy(), a.float().numpy()) for name, (b, a) in factors(line).items()},
+        {
+            "method": "conditional", **asdict(settings), "layers": list(edited), "base": asdict(base),
+            "separation": {"base": apart, "edited": moved_apart},
+            "line": {"nats": line, "tried": [{"nats": each, **asdict(counts)} for each, counts in tried]},
+            "roles": {str(role): roles.count(role) for role in Role}, "dtype": str(module.dtype).removeprefix("torch."),
+        },
+    )
+
+
+def condition_row(inputs: torch.Tensor, roles: Sequence[Role], ridge: float) -> torch.Tensor:
+    """The row a, float32 [d_in], that reads −1 from over-refused prompts, +1 from answered harmful ones and 0 from the rest.
+
+    `inputs` is float32 [n, d_in]. Every role present weighs the same, however many prompts it has, and `ridge` is relative to the inputs'
+    weighted variance. What ridge regression shrinks is given back: the mean reading of the harmful prompts less that of the over-refused
+        ones is 1 afterwards (where no harmful one is answered: that of the over-refused is −1/2). Raises `TrailmedError` when the row
+    cannot tell them apart.
+    """
+    counts = {role: roles.count(role) for role in set(roles)}
+    weights = torch.tensor([1 / counts[role] for role in roles], dtype=torch.float64)
+    weights /= weights.mean()
+    targets = torch.tensor([_READINGS[role] for role in roles], dtype=torch.float64)
+    x = inputs.double()
+    spread = float(((x - x.mean(0)).square().sum(1) * weights).mean() / (x.square().sum(1) * weights).mean())
+    gap = 0.0
+    if spread > 0:
+        row = ridge_gate(x, targets[:, None], weights, ridge * spread)[0]
+        read = x @ row
+        low = float(read[targets < 0].mean())
+        gap = float(read[targets > 0].mean()) - low if (targets > 0).any() else -2 * low
+    if not gap > 0:
+        raise TrailmedError("over-refused and harmful prompts look alike to the layers; use more prompts, or another method")
+    return (row / gap).float()

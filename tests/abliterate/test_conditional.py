@@ -1,0 +1,178 @@
+"""The conditional edit: its rows against the primal normal equations in float64, and what it does to a model that really over-refuses."""
+
+from __future__ import annotations
+
+import copy
+import random
+from dataclasses import fields
+from functools import cache
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_models import tiny_module
+
+from trailmed.abliterate.answers import greedy_answers
+from trailmed.abliterate.conditional import ConditionalSettings, condition_row, conditional
+from trailmed.abliterate.edit import Edit
+from trailmed.abliterate.observed import Observed, Role
+from trailmed.abliterate.origin import EditOrigin
+from trailmed.errors import TrailmedError
+from trailmed.models.architecture import ARCHITECTURES
+
+READINGS = {Role.OVER_REFUSED: -1, Role.HARMFUL_COMPLIED: 1, Role.COMPLIED: 0, Role.KEPT_REFUSED: 0, Role.HARMFUL_REFUSED: 0}
+
+
+@given(st.integers(0, 2**32 - 1), st.floats(1e-3, 1), st.integers(0, 2))
+@settings(max_examples=40, deadline=None)
+def test_the_row_is_the_weighted_ridge_solution_scaled_to_a_gap_of_one(seed: int, ridge: float, variety: int) -> None:
+    generator = np.random.default_rng(seed)
+    kinds = [Role.OVER_REFUSED, Role.COMPLIED, Role.HARMFUL_COMPLIED, Role.HARMFUL_REFUSED, Role.KEPT_REFUSED][: 3 + variety]
+    roles = kinds + [kinds[index] for index in generator.integers(0, len(kinds), 15)]
+    t = np.array([READINGS[role] for role in roles], dtype=float)
+    x = generator.normal(size=(len(roles), 12)).astype(np.float32) + 3 * t[:, None] * np.eye(12)[0] + 5
+    w = np.array([1 / roles.count(role) for role in roles])
+    w /= w.mean()
+    x64 = x.astype(np.float32).astype(float)
+    penalty = ridge * (w * ((x64 - x64.mean(0)) ** 2).sum(1)).mean()
+    row = np.linalg.solve((x64 * w[:, None]).T @ x64 + penalty * np.eye(12), (x64 * w[:, None]).T @ t)
+    row /= (x64 @ row)[t > 0].mean() - (x64 @ row)[t < 0].mean()
+    found = condition_row(torch.from_numpy(x.astype(np.float32)), roles, ridge)
+    assert found.dtype == torch.float32
+    np.testing.assert_allclose(found, row, rtol=1e-3, atol=1e-4 * np.abs(row).max())
+
+
+def test_without_answered_harmful_prompts_over_refused_ones_read_minus_a_half() -> None:
+    roles = [Role.OVER_REFUSED] * 4 + [Role.COMPLIED] * 4
+    x = torch.from_numpy(np.random.default_rng(0).normal(size=(8, 20)).astype(np.float32))
+    assert float((x @ condition_row(x, roles, 0.1))[:4].mean()) == pytest.approx(-0.5, abs=1e-5)
+
+
+def test_prompts_that_look_alike_are_told() -> None:
+    with pytest.raises(TrailmedError, match="look alike"):
+        condition_row(torch.ones(6, 5), [Role.OVER_REFUSED] * 3 + [Role.HARMFUL_COMPLIED] * 3, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("nats", 0.0), ("nats", float("inf")), ("ridge", -1.0), ("first_layer", 0.8), ("last_layer", 1.1), ("validation_tokens", 0),
+        ("least_fall", 2.0),
+    ],
+)
+def test_settings_out_of_range(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=name):
+        ConditionalSettings(**{name: value})
+
+
+def test_every_setting_says_what_it_does() -> None:
+    assert all(each.metadata["help"] for each in fields(ConditionalSettings))
+
+
+# A model trained to refuse where a word of alarm stands, and to answer all else; a harmful one it refuses or not by the first word.
+
+BOS, ASSISTANT, STOP, SORRY, CANNOT, SURE, POISON, WATER, FIRST, SMALL, WORDS = 0, 1, 2, 3, 4, 5, 6, 7, 8, 24, 40
+REFUSAL, HELP = (SORRY, CANNOT, STOP), (SURE, FIRST, STOP)
+
+
+def ask(generator: random.Random, kind: int | None) -> tuple[int, ...]:
+    words = [generator.randrange(FIRST, WORDS) for _ in range(generator.randint(3, 7))]
+    if kind is not None:
+        words.insert(generator.randint(0, len(words)), kind)
+    return (BOS, *words, ASSISTANT)
+
+
+def kind_of(index: int) -> int | None:
+    return (None, POISON, WATER)[index % 3]
+
+
+@cache
+def over_refusing_module() -> Any:
+    """Refuses prompts with WATER in them, and those with POISON whose first word is small, and answers the others."""
+    module = tiny_module(
+        "qwen2", layers=6, seed=5, vocab_size=WORDS, intermediate_size=64, tie_word_embeddings=False, bos_token_id=BOS, eos_token_id=STOP,
+        pad_token_id=BOS,
+    ).requires_grad_(True)
+    generator, optimizer = random.Random(1), torch.optim.Adam(module.parameters(), lr=3e-3)
+    for _ in range(200):
+        optimizer.zero_grad()
+        tokens, targets = torch.zeros(32, 14, dtype=torch.long), torch.full((32, 14), -100)
+        for row in range(32):
+            prompt = ask(generator, kind_of(generator.randrange(3)))
+            answer = REFUSAL if WATER in prompt or (POISON in prompt and prompt[1] < SMALL) else HELP
+            tokens[row, : len(prompt) + 3] = torch.tensor([*prompt, *answer])
+            targets[row, len(prompt) - 1 : len(prompt) + 2] = torch.tensor(answer)
+        torch.nn.functional.cross_entropy(module(tokens, use_cache=False).logits.flatten(0, 1), targets.flatten()).backward()
+        optimizer.step()
+    optimizer.zero_grad()
+    return module.requires_grad_(False)
+
+
+def is_refusal(answer: Any) -> bool:
+    return bool(answer[0] == SORRY)
+
+
+def observe(count: int, seed: int) -> list[Observed]:
+    generator = random.Random(seed)
+    prompts = [ask(generator, kind_of(index)) for index in range(count)]
+    answers = greedy_answers(over_refusing_module(), prompts, 4, {STOP})
+    return [
+        Observed(str(index), "harm" if kind_of(index) == POISON else "water", kind_of(index) == POISON, prompt, answer, is_refusal(answer))
+        for index, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
+    ]
+
+
+@cache
+def made(removed: str = "water") -> Edit:
+    module = over_refusing_module()
+    model = SimpleNamespace(module=module, architecture=ARCHITECTURES["qwen2"], tokenizer=SimpleNamespace(eos_ids=frozenset({STOP})))
+    return conditional(
+        model, observe(90, 1), observe(60, 2), (removed,), is_refusal, EditOrigin("a" * 64, "b" * 64, removed=(removed,)),
+        ConditionalSettings(nats=12.0, validation_tokens=3), progress=False,
+    )
+
+
+def refused(module: Any) -> dict[int | None, float]:
+    prompts = [prompt.token_ids for prompt in observe(180, 3)]
+    answers = greedy_answers(module, prompts, 4, {STOP})
+    return {
+        kind: float(np.mean([is_refusal(answer) for index, answer in enumerate(answers) if kind_of(index) == kind]))
+        for kind in (None, POISON, WATER)
+    }
+
+
+def test_benign_prompts_are_answered_and_harmful_ones_refused_as_before() -> None:
+    before = refused(over_refusing_module())
+    assert before[WATER] > 0.9  # else there is nothing to see here
+    assert 0.2 < before[POISON] < 0.9
+    edit = made()
+    module = copy.deepcopy(over_refusing_module())
+    with torch.no_grad():
+        for name, factor in edit.factors.items():
+            weight = module.get_parameter(name)
+            weight.copy_(torch.from_numpy(factor.apply_to(weight.numpy())))
+    after = refused(module)
+    assert after[WATER] <= 0.2 * before[WATER]
+    assert after[POISON] >= before[POISON] - 0.1
+    assert max(after[None], before[None]) <= 0.05
+
+
+def test_what_an_edit_says_of_itself() -> None:
+    edit = made()
+    assert {factor.rank for factor in edit.factors.values()} == {1}
+    assert {int(name.split(".")[2]) for name in edit.factors} == set(edit.recipe["layers"]) == {3}
+    assert edit.recipe["method"] == "conditional"
+    assert edit.recipe["separation"]["edited"] > edit.recipe["separation"]["base"]
+    assert edit.recipe["line"]["nats"] in [each["nats"] for each in edit.recipe["line"]["tried"]]
+    assert sum(edit.recipe["roles"].values()) == 90
+    assert edit.sha256 == made.__wrapped__().sha256
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in over_refusing_module().modules())
+
+
+def test_nothing_to_remove_is_said() -> None:
+    with pytest.raises(TrailmedError, match="nothing to edit"):
+        made("snow")
