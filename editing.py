@@ -102,7 +102,9 @@ class EditJob:
         fit, validation = self.observed()
         origin = origin_of(self.source, self.settings, [*self.benchmark, *self.retain])
         found = Directions.load(self.directions)
-        fit_edit(self.model, found, fit, validation, origin, self.settings, progress=self.progress).save(self.edit)
+        fit_edit(
+            self.model, found, fit, validation, origin, self.settings, crossed=fit[: len(self.shown)], progress=self.progress,
+        ).save(self.edit)
         self.forget_model()
 
 

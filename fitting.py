@@ -81,6 +81,7 @@ def read_observed(model: LoadedModel, prompts: Sequence[Prompt], path: Path) -> 
         Observed(
             id=prompt.id, category=prompt.category, should_refuse=prompt.category is Category.SHOULD_REFUSE,
             token_ids=tuple(encode(model, prompt)), answer=tuple(record.answer), refused=record.verdict is Verdict.REFUSAL,
+            scenario=prompt.scenario,
         )
         for prompt, record in zip(prompts, records, strict=True)
     ]
@@ -141,15 +142,16 @@ def find_directions(activations: Activations, observed: Sequence[Observed], sett
 
 def fit_edit(
     model: LoadedModel, directions: Directions, fit: Sequence[Observed], validation: Sequence[Observed], origin: EditOrigin,
-    settings: EditSettings, *, progress: bool = True,
+    settings: EditSettings, *, crossed: Sequence[Observed] = (), progress: bool = True,
 ) -> Edit:
     """The edit by `settings.method`; `fit` are fit-split and retain prompts, `validation` tells `distill` where to stop, and both
-    `distill` and `conditional` where the line between help and refusal lies."""
+    `distill` and `conditional` where the line between help and refusal lies
+    (`conditional` also by cross-validation over `crossed`, a part of `fit`)."""
     torch.manual_seed(settings.seed)
     if settings.method is Method.CONDITIONAL:
         return conditional(
             model, fit, validation, settings.removed, lambda answer: _is_refusal(model, answer), origin,
-            ConditionalSettings(nats=ConditionalSettings().nats * settings.alpha), progress=progress,
+            ConditionalSettings(nats=ConditionalSettings().nats * settings.alpha), crossed=crossed, progress=progress,
         )
     if settings.method is Method.DISTILL:
         return distill(

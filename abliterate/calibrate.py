@@ -33,6 +33,12 @@ class Counts:
     harmful_refused: int
     harmful: int
 
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(
+            self.benign_refused + other.benign_refused, self.benign + other.benign, self.harmful_refused + other.harmful_refused,
+            self.harmful + other.harmful,
+        )
+
 
 def lead_log_odds(module: Any, token_ids: Sequence[Sequence[int]], refusal: Sequence[int]) -> torch.Tensor:
     """For each prompt log(p / (1 − p)), p the probability that the answer begins with the first tokens of `refusal`: float32 [n]."""

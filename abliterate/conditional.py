@@ -32,6 +32,9 @@ from .validation import IsRefusal, Validation
 
 _SAMPLED = 64
 """Prompts the gradient is the mean of."""
+_CROSSED = 160
+"""Prompts asked in cross-validation."""
+_FOLDS = 4
 _READINGS = {
     Role.OVER_REFUSED: -1.0, Role.HARMFUL_COMPLIED: 1.0, Role.COMPLIED: 0.0, Role.KEPT_REFUSED: 0.0, Role.HARMFUL_REFUSED: 0.0,
 }
@@ -64,14 +67,16 @@ class ConditionalSettings:
 
 def conditional(
     model: Any, prompts: Sequence[Observed], validation: Sequence[Observed], removed: Collection[str], is_refusal: IsRefusal,
-    origin: EditOrigin, settings: ConditionalSettings = ConditionalSettings(), *, progress: bool = True,
+    origin: EditOrigin, settings: ConditionalSettings = ConditionalSettings(), *, crossed: Sequence[Observed] = (), progress: bool = True,
 ) -> Edit:
     """Fit the rows to `prompts`, draw the line by `validation`, and return W' = W + g (c·a + t·u)ᵀ for the writers of the middle blocks.
 
     a [d_in] is the regression, u [d_in] the constant row, g [d_out] the gradient of the log-odds of the base's stock refusal, shared out
     over the tensors by its squared length (the least change of all together for the nats moved); the factors are float32 of rank 1.
-    `model` is a `LoadedModel`; its module is left as it was. Nothing is random. Raises `TrailmedError` when the base over-refuses nothing
-    in the removed categories, or its odds of refusing do not depend on these tensors.
+    Besides `validation` an even sample of `crossed` (a part of `prompts`) draws the line, each prompt answered under rows fitted without
+    its fold's scenarios: validation alone is too small to place the line by. `model` is a `LoadedModel`; its module is left as it was.
+    Nothing is random. Raises `TrailmedError` when the base over-refuses nothing in the removed categories, or its odds of refusing do
+    not depend on these tensors.
     """
     module = model.module
     roles = [role_of(prompt, removed) for prompt in prompts]
@@ -95,26 +100,40 @@ def conditional(
     square = sum(float(each.double().square().sum()) for each in gradients.values())
     if not (math.isfinite(square) and square > 0):
         raise TrailmedError("the odds of a refusal do not depend on the tensors to edit; use another method than conditional")
-    rows = {name: condition_row(x, roles, settings.ridge) for name, x in inputs.items()}
 
-    def factors(line: float) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    def rows_without(left_out: Collection[str]) -> dict[str, torch.Tensor]:
+        kept = [index for index, prompt in enumerate(prompts) if prompt.id not in left_out]
+        return {name: condition_row(x[kept], [roles[index] for index in kept], settings.ridge) for name, x in inputs.items()}
+
+    def factors(rows: dict[str, torch.Tensor], line: float) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         return {
             name: ((gradients[name] / square)[:, None], (settings.nats * rows[name] + line * constants[name])[None]) for name in names
         }
 
-    watched = Validation([prompt for prompt in validation if prompt.should_refuse or prompt.category in removed], refusal)
-    base = watched.observed_counts()
+    def matters(prompt: Observed) -> bool:
+        return prompt.should_refuse or prompt.category in removed
+
+    rows, watched = rows_without(()), Validation(list(filter(matters, validation)), refusal)
+    views = [(rows, watched)]
+    for fold in folds(prompts):
+        asked = [prompt for prompt in evenly_spread(list(filter(matters, crossed)), _CROSSED) if prompt.id in fold]
+        if asked:
+            views.append((rows_without(fold), Validation(asked, refusal)))
+    base = sum((view.observed_counts() for _, view in views), start=Counts(0, 0, 0, 0))
     apart = watched.separation(module)
 
     def count(line: float) -> Counts:
-        with attached(module, factors(line)):
-            return watched.counts(module, model.tokenizer.eos_ids, is_refusal, settings.validation_tokens)
+        found = Counts(0, 0, 0, 0)
+        for fitted, view in views:
+            with attached(module, factors(fitted, line)):
+                found += view.counts(module, model.tokenizer.eos_ids, is_refusal, settings.validation_tokens)
+        return found
 
     line, tried = best_move(count, base, settings.least_fall)
-    with attached(module, factors(line)):
+    with attached(module, factors(rows, line)):
         moved_apart = watched.separation(module)
     return origin.edit(
-        {name: Factor(b.float().numpy(), a.float().numpy()) for name, (b, a) in factors(line).items()},
+        {name: Factor(b.float().numpy(), a.float().numpy()) for name, (b, a) in factors(rows, line).items()},
         {
             "method": "conditional", **asdict(settings), "layers": list(edited), "base": asdict(base),
             "separation": {"base": apart, "edited": moved_apart},
@@ -122,6 +141,15 @@ def conditional(
             "roles": {str(role): roles.count(role) for role in Role}, "dtype": str(module.dtype).removeprefix("torch."),
         },
     )
+
+
+def folds(prompts: Sequence[Observed]) -> list[set[str]]:
+    """The ids of `prompts` in four parts of about equal size; prompts of one scenario stay together."""
+    parts: list[set[str]] = [set() for _ in range(_FOLDS)]
+    place = {scenario: index % _FOLDS for index, scenario in enumerate(dict.fromkeys(prompt.scenario or prompt.id for prompt in prompts))}
+    for prompt in prompts:
+        parts[place[prompt.scenario or prompt.id]].add(prompt.id)
+    return parts
 
 
 def condition_row(inputs: torch.Tensor, roles: Sequence[Role], ridge: float) -> torch.Tensor:

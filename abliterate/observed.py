@@ -36,6 +36,7 @@ class Observed:
     """A prompt under its chat template and the base's greedy answer to it.
 
     `token_ids` are the prompt's, `answer` the answer's (an end token, where there is one, included); `refused` is the judge's word on it.
+    Prompts of one `scenario` are paraphrases: cross-validation keeps them together.
     """
 
     id: str
@@ -44,6 +45,7 @@ class Observed:
     token_ids: tuple[int, ...]
     answer: tuple[int, ...]
     refused: bool
+    scenario: str = ""
 
 
 def role_of(prompt: Observed, removed: Collection[str]) -> Role:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from small_models import tiny_module
 
 from trailmed.abliterate.answers import greedy_answers
-from trailmed.abliterate.conditional import ConditionalSettings, condition_row, conditional
+from trailmed.abliterate.conditional import ConditionalSettings, condition_row, conditional, folds
 from trailmed.abliterate.edit import Edit
 from trailmed.abliterate.observed import Observed, Role
 from trailmed.abliterate.origin import EditOrigin
@@ -127,12 +127,12 @@ def observe(count: int, seed: int) -> list[Observed]:
 
 
 @cache
-def made(removed: str = "water") -> Edit:
-    module = over_refusing_module()
+def made(removed: str = "water", crossed: int = 0) -> Edit:
+    module, prompts = over_refusing_module(), observe(90, 1)
     model = SimpleNamespace(module=module, architecture=ARCHITECTURES["qwen2"], tokenizer=SimpleNamespace(eos_ids=frozenset({STOP})))
     return conditional(
-        model, observe(90, 1), observe(60, 2), (removed,), is_refusal, EditOrigin("a" * 64, "b" * 64, removed=(removed,)),
-        ConditionalSettings(nats=12.0, validation_tokens=3), progress=False,
+        model, prompts, observe(60, 2), (removed,), is_refusal, EditOrigin("a" * 64, "b" * 64, removed=(removed,)),
+        ConditionalSettings(nats=12.0, validation_tokens=3), crossed=prompts[:crossed], progress=False,
     )
 
 
@@ -171,6 +171,26 @@ def test_what_an_edit_says_of_itself() -> None:
     assert sum(edit.recipe["roles"].values()) == 90
     assert edit.sha256 == made.__wrapped__().sha256
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in over_refusing_module().modules())
+
+
+def test_cross_validation_counts_fit_prompts_under_rows_that_never_saw_them() -> None:
+    crossed = 30
+    alone, more = made().recipe, made(crossed=crossed).recipe
+    of_fit = [prompt for prompt in observe(90, 1)[:crossed] if prompt.category in ("water", "harm")]
+    for name, kind in (("benign", False), ("harmful", True)):
+        asked = [prompt for prompt in of_fit if prompt.should_refuse is kind]
+        assert more["base"][name] == alone["base"][name] + len(asked)
+        assert more["base"][f"{name}_refused"] == alone["base"][f"{name}_refused"] + sum(prompt.refused for prompt in asked)
+        assert all(each[name] == more["base"][name] for each in more["line"]["tried"])
+
+
+def test_folds_are_a_partition_that_keeps_scenarios_together() -> None:
+    prompts = [replace(prompt, scenario=f"s{index // 3}") for index, prompt in enumerate(observe(45, 1))]
+    parts = folds(prompts)
+    assert sorted(id for part in parts for id in part) == sorted(prompt.id for prompt in prompts)
+    for scenario in {prompt.scenario for prompt in prompts}:
+        assert sum(bool(part & {prompt.id for prompt in prompts if prompt.scenario == scenario}) for part in parts) == 1
+    assert max(map(len, parts)) - min(map(len, parts)) <= 3
 
 
 def test_nothing_to_remove_is_said() -> None:
