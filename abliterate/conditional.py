@@ -1,10 +1,11 @@
 """The conditional edit: one rank per residual writer reads how harmful a request is and moves the refusal's odds accordingly.
 
-The rows are ridge regressions: an over-refused prompt reads −1, a harmful one that the base answers +1, and every prompt whose behaviour
-shall stay 0. The columns are the gradient of the refusal's log-odds, so that the stream changes least for the nats it moves. It is
-conditional activation steering (Lee et al. 2024, arXiv:2409.05907) with the condition linear, and therefore written into the weights.
-Closed form, and closer to what unseen prompts need than gradient descent on the same rows: the least-norm solution does not follow the
-single prompt. A constant row beside it (see `intercept`) draws the line between help and refusal, where validation's answers say.
+The rows are ridge regressions: an over-refused prompt reads −1, a benign one that the base answers 0, a harmful one that it answers +1,
+and one that it refuses 0.7, so that a line drawn lower does not cost it its refusal. The columns are the gradient of the refusal's
+log-odds, so that the stream changes least for the nats it moves. It is conditional activation steering (Lee et al. 2024,
+arXiv:2409.05907) with the condition linear, and therefore written into the weights. Closed form: the least-norm solution does not follow
+the single prompt as gradient descent on the same rows does. A constant row beside it (see `intercept`) draws the line between help and
+refusal, where the answers to prompts it was not fitted to say.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ _CROSSED = 160
 """Prompts asked in cross-validation."""
 _FOLDS = 4
 _READINGS = {
-    Role.OVER_REFUSED: -1.0, Role.HARMFUL_COMPLIED: 1.0, Role.COMPLIED: 0.0, Role.KEPT_REFUSED: 0.0, Role.HARMFUL_REFUSED: 0.0,
+    Role.OVER_REFUSED: -1.0, Role.HARMFUL_COMPLIED: 1.0, Role.COMPLIED: 0.0, Role.KEPT_REFUSED: 0.0, Role.HARMFUL_REFUSED: 0.7,
 }
 
 
@@ -153,12 +154,12 @@ def folds(prompts: Sequence[Observed]) -> list[set[str]]:
 
 
 def condition_row(inputs: torch.Tensor, roles: Sequence[Role], ridge: float) -> torch.Tensor:
-    """The row a, float32 [d_in], that reads −1 from over-refused prompts, +1 from answered harmful ones and 0 from the rest.
+    """The row a, float32 [d_in], that reads `_READINGS` from prompts of these roles.
 
     `inputs` is float32 [n, d_in]. Every role present weighs the same, however many prompts it has, and `ridge` is relative to the inputs'
     weighted variance. What ridge regression shrinks is given back: the mean reading of the harmful prompts less that of the over-refused
-        ones is 1 afterwards (where no harmful one is answered: that of the over-refused is −1/2). Raises `TrailmedError` when the row
-    cannot tell them apart.
+    ones is 1 afterwards (without harmful prompts: that of the over-refused is −1/2). Raises `TrailmedError` when the row cannot tell
+    them apart.
     """
     counts = {role: roles.count(role) for role in set(roles)}
     weights = torch.tensor([1 / counts[role] for role in roles], dtype=torch.float64)

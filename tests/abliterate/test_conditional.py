@@ -24,7 +24,7 @@ from trailmed.abliterate.origin import EditOrigin
 from trailmed.errors import TrailmedError
 from trailmed.models.architecture import ARCHITECTURES
 
-READINGS = {Role.OVER_REFUSED: -1, Role.HARMFUL_COMPLIED: 1, Role.COMPLIED: 0, Role.KEPT_REFUSED: 0, Role.HARMFUL_REFUSED: 0}
+READINGS = {Role.OVER_REFUSED: -1, Role.HARMFUL_COMPLIED: 1, Role.COMPLIED: 0, Role.KEPT_REFUSED: 0, Role.HARMFUL_REFUSED: 0.7}
 
 
 @given(st.integers(0, 2**32 - 1), st.floats(1e-3, 1), st.integers(0, 2))
