@@ -1,11 +1,11 @@
 """The conditional edit: one rank per residual writer reads how harmful a request is and moves the refusal's odds accordingly.
 
 The rows are ridge regressions: an over-refused prompt reads −1, a benign one that the base answers 0, a harmful one that it answers +1,
-and one that it refuses 0.7, so that a line drawn lower does not cost it its refusal. The columns are the gradient of the refusal's
-log-odds, so that the stream changes least for the nats it moves. It is conditional activation steering (Lee et al. 2024,
-arXiv:2409.05907) with the condition linear, and therefore written into the weights. Closed form: the least-norm solution does not follow
-the single prompt as gradient descent on the same rows does. A constant row beside it (see `intercept`) draws the line between help and
-refusal, where the answers to prompts it was not fitted to say.
+and one that it refuses 0.7, so that a line drawn lower does not cost it its refusal. The columns are the natural gradient of the
+refusal's log-odds, so that answered prompts change least for the nats it moves (see `fisher`). It is conditional activation steering
+(Lee et al. 2024, arXiv:2409.05907) with the condition linear, and therefore written into the weights. Closed form: the least-norm
+solution does not follow the single prompt as gradient descent on the same rows does. A constant row beside it (see `intercept`) draws
+the line between help and refusal, where the answers to prompts it was not fitted to say.
 """
 
 from __future__ import annotations
@@ -20,19 +20,22 @@ import torch
 from ..errors import TrailmedError
 from ..progress import progress_bar
 from .activations import capture_inputs
-from .calibrate import Counts, best_move
+from .calibrate import MOST_COUNTS, Counts, least_move
 from .edit import Edit, Factor
 from .factors import attached
+from .fisher import first_token_scores, natural_gradient
 from .gated import ridge_gate
 from .intercept import constant_row, refusal_gradients
-from .observed import Observed, Role, evenly_spread, role_of
+from .observed import Observed, Role, evenly_spread, refusal_at_stake, role_of
 from .origin import EditOrigin
-from .project import COMPONENTS
+from .project import written_names
 from .teacher import stock_refusal
-from .validation import IsRefusal, Validation
+from .validation import IsRefusal, Validation, telling
 
 _SAMPLED = 64
 """Prompts the gradient is the mean of."""
+_UNDISTURBED = 96
+"""Answered prompts the Fisher information is the mean of."""
 _CROSSED = 160
 """Prompts asked in cross-validation."""
 _FOLDS = 4
@@ -48,6 +51,9 @@ class ConditionalSettings:
     nats: float = field(
         default=4.0, metadata={"help": "nats of a refusal's log-odds that over-refused and answered harmful prompts are moved apart"},
     )
+    damping: float = field(
+        default=0.4, metadata={"help": "how much of the plain gradient the columns keep; small spares answered prompts, but changes more"},
+    )
     ridge: float = field(default=0.1, metadata={"help": "regularization of the rows, relative to the variance of what the layers read"})
     first_layer: float = field(default=0.5, metadata={"help": "share of the blocks below the edited ones"})
     last_layer: float = field(default=0.7, metadata={"help": "share of the blocks below the end of the edited ones"})
@@ -57,7 +63,7 @@ class ConditionalSettings:
     )
 
     def __post_init__(self) -> None:
-        for name in ("nats", "ridge"):
+        for name in ("nats", "damping", "ridge"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be a positive number")
         if not 0 <= self.first_layer < self.last_layer <= 1:
@@ -70,14 +76,14 @@ def conditional(
     model: Any, prompts: Sequence[Observed], validation: Sequence[Observed], removed: Collection[str], is_refusal: IsRefusal,
     origin: EditOrigin, settings: ConditionalSettings = ConditionalSettings(), *, crossed: Sequence[Observed] = (), progress: bool = True,
 ) -> Edit:
-    """Fit the rows to `prompts`, draw the line by `validation`, and return W' = W + g (c·a + t·u)ᵀ for the writers of the middle blocks.
+    """Fit the rows to `prompts`, draw the line by `validation`, and return W' = W + x (c·a + t·u)ᵀ for the writers of the middle blocks.
 
-    a [d_in] is the regression, u [d_in] the constant row, g [d_out] the gradient of the log-odds of the base's stock refusal, shared out
-    over the tensors by its squared length (the least change of all together for the nats moved); the factors are float32 of rank 1.
-    Besides `validation` an even sample of `crossed` (a part of `prompts`) draws the line, each prompt answered under rows fitted without
-    its fold's scenarios: validation alone is too small to place the line by. `model` is a `LoadedModel`; its module is left as it was.
-    Nothing is random. Raises `TrailmedError` when the base over-refuses nothing in the removed categories, or its odds of refusing do
-    not depend on these tensors.
+    a [d_in] is the regression, u [d_in] the constant row, x [d_out] the natural gradient of the log-odds of the base's stock refusal, all
+    tensors together moving them by a nat; the factors are float32 of rank 1. t is the least move of the line that holds the limits
+    (`least_move`). Besides `validation` an even sample of `crossed` (a part of `prompts`) draws the line, each prompt answered under rows
+    fitted without its fold's scenarios: validation alone is too small to place the line by. `model` is a `LoadedModel`; its module is
+    left as it was. Nothing is random. Raises `TrailmedError` when the base over-refuses nothing in the removed categories, or its odds of
+    refusing do not depend on these tensors.
     """
     module = model.module
     roles = [role_of(prompt, removed) for prompt in prompts]
@@ -87,50 +93,51 @@ def conditional(
     blocks = len(module.model.layers)
     first = min(round(settings.first_layer * blocks), blocks - 1)
     edited = range(first, max(first + 1, round(settings.last_layer * blocks)))
-    names = [
-        name for block in edited for name in model.architecture.residual_writers(block) if name.split(".")[-2] in COMPONENTS
-    ]
+    names = [name for block in edited for name in written_names(model.architecture, block)]
     with progress_bar("inputs of the writers", len(prompts), enabled=progress) as advance:
         inputs = {
             name: each.reshape(len(prompts), -1)
             for name, each in capture_inputs(model, [prompt.token_ids for prompt in prompts], names, progress=advance).items()
         }
     constants = {name: constant_row(x) for name, x in inputs.items()}
-    stake = [prompt.token_ids for prompt, role in zip(prompts, roles, strict=True) if role is not Role.COMPLIED]
-    gradients = refusal_gradients(module, constants, evenly_spread(stake, _SAMPLED), refusal)
-    square = sum(float(each.double().square().sum()) for each in gradients.values())
-    if not (math.isfinite(square) and square > 0):
-        raise TrailmedError("the odds of a refusal do not depend on the tensors to edit; use another method than conditional")
+    sampled = [prompt.token_ids for prompt in evenly_spread(refusal_at_stake(prompts, removed), _SAMPLED)]
+    answered = [prompt.token_ids for prompt, role in zip(prompts, roles, strict=True) if role is Role.COMPLIED]
+    undisturbed = evenly_spread(answered, _UNDISTURBED)
+    try:
+        columns = natural_gradient(
+            refusal_gradients(module, constants, sampled, refusal), first_token_scores(module, constants, undisturbed), len(undisturbed),
+            settings.damping,
+        )
+    except ValueError as error:
+        raise TrailmedError("the odds of a refusal do not depend on the tensors to edit; use another method than conditional") from error
 
     def rows_without(left_out: Collection[str]) -> dict[str, torch.Tensor]:
         kept = [index for index, prompt in enumerate(prompts) if prompt.id not in left_out]
         return {name: condition_row(x[kept], [roles[index] for index in kept], settings.ridge) for name, x in inputs.items()}
 
     def factors(rows: dict[str, torch.Tensor], line: float) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        return {
-            name: ((gradients[name] / square)[:, None], (settings.nats * rows[name] + line * constants[name])[None]) for name in names
-        }
+        return {name: (columns[name][:, None], (settings.nats * rows[name] + line * constants[name])[None]) for name in names}
 
-    def matters(prompt: Observed) -> bool:
-        return prompt.should_refuse or prompt.category in removed
-
-    rows, watched = rows_without(()), Validation(list(filter(matters, validation)), refusal)
-    views = [(rows, watched)]
-    for fold in folds(prompts):
-        asked = [prompt for prompt in evenly_spread(list(filter(matters, crossed)), _CROSSED) if prompt.id in fold]
-        if asked:
-            views.append((rows_without(fold), Validation(asked, refusal)))
+    rows, watched = rows_without(()), Validation(telling(validation, removed), refusal)
+    asked = evenly_spread(telling(crossed, removed), _CROSSED)
+    views = [(rows, watched)] + [
+        (rows_without(fold), Validation(held, refusal))
+        for fold in folds(prompts) if (held := [prompt for prompt in asked if prompt.id in fold])
+    ]
     base = sum((view.observed_counts() for _, view in views), start=Counts(0, 0, 0, 0))
     apart = watched.separation(module)
 
-    def count(line: float) -> Counts:
-        found = Counts(0, 0, 0, 0)
-        for fitted, view in views:
-            with attached(module, factors(fitted, line)):
-                found += view.counts(module, model.tokenizer.eos_ids, is_refusal, settings.validation_tokens)
-        return found
+    with progress_bar("the line (answers, at most)", MOST_COUNTS * (base.benign + base.harmful), enabled=progress) as advance:
 
-    line, tried = best_move(count, base, settings.least_fall)
+        def count(line: float) -> Counts:
+            found = Counts(0, 0, 0, 0)
+            for fitted, view in views:
+                with attached(module, factors(fitted, line)):
+                    found += view.counts(module, model.tokenizer.eos_ids, is_refusal, settings.validation_tokens)
+                advance(len(view.prompts))
+            return found
+
+        line, tried = least_move(count, base, settings.least_fall)
     with attached(module, factors(rows, line)):
         moved_apart = watched.separation(module)
     return origin.edit(

@@ -20,17 +20,17 @@ import torch
 from ..errors import TrailmedError
 from ..progress import progress_bar
 from .answers import greedy_answers
-from .calibrate import Counts, best_move
+from .calibrate import Counts, least_move
 from .directions import Directions
 from .edit import Edit, Factor
 from .factors import Pairs, attached, starting_factors
 from .intercept import Intercept, find_intercept
-from .observed import Observed, Role, evenly_spread, role_of
+from .observed import Observed, Role, evenly_spread, refusal_at_stake, role_of
 from .origin import EditOrigin
 from .packing import blocks_are_alike, pack, run_blocks, shared_prefix
 from .teacher import Lesson, lessons, output_logits, padded_forward, prefix_stream, stock_refusal, word_for_word
 from .twin import TwinChoice, ablated, choose_twin
-from .validation import IsRefusal, Validation
+from .validation import IsRefusal, Validation, telling
 
 _SMALLEST_MASS = 1e-6
 _WARM_UP_STEPS = 10
@@ -132,7 +132,7 @@ def distill(
         taught, first_block,
         prefix_stream(module, prompts[0].token_ids[:prefix], first_block) if blocks_are_alike(module) else None,
     )
-    watched = Validation([prompt for prompt in validation if prompt.should_refuse or prompt.category in removed], stock_refusal(prompts))
+    watched = Validation(telling(validation, removed), stock_refusal(prompts))
     base = watched.observed_counts()
     start = Check(0, watched.separation(module))
     torch.manual_seed(origin.seed)
@@ -149,7 +149,7 @@ def distill(
         with attached(module, intercept.added_to(factors, nats)):
             return watched.counts(module, end_ids, is_refusal, settings.validation_tokens)
 
-    nats, tried = best_move(count, base, settings.least_fall)
+    nats, tried = least_move(count, base, settings.least_fall)
     return origin.edit(
         {
             name: Factor(b.float().numpy(), a.float().numpy())
@@ -170,10 +170,10 @@ def _find_intercept(
     refusal: Sequence[int],
 ) -> Intercept:
     """The intercept in the tensor `name`, from a sample of the lessons and of the prompts whose refusal is at stake."""
-    stake = [prompt.token_ids for prompt in prompts if role_of(prompt, removed) is not Role.COMPLIED]
+    stake = [prompt.token_ids for prompt in evenly_spread(refusal_at_stake(prompts, removed), _SAMPLED)]
     answered = [(lesson.sequence, len(lesson.log_probs)) for lesson in taught]
     with attached(module, factors):
-        return find_intercept(module, name, evenly_spread(answered, _SAMPLED), evenly_spread(stake, _SAMPLED), refusal)
+        return find_intercept(module, name, evenly_spread(answered, _SAMPLED), stake, refusal)
 
 
 def distribution_loss(logits: torch.Tensor, log_probs: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

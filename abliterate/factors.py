@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 
 from .directions import Directions
-from .project import COMPONENTS
+from .project import written_names
 from .teacher import padded_forward
 
 Pairs = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
@@ -55,10 +55,9 @@ def starting_factors(
         rows = directions.at(block + 1)[:rank]
         rest = torch.randn(rank - len(rows), rows.shape[1])
         columns = torch.cat([rows, rest / rest.norm(dim=1, keepdim=True)]).T * (_COLUMN_SHARE * norms[block])
-        for name in model.architecture.residual_writers(block):
-            if name.split(".")[-2] in COMPONENTS:
-                a = torch.zeros(rank, weights[name].shape[1])
-                factors[name] = (columns.clone().requires_grad_(), a.requires_grad_())
+        for name in written_names(model.architecture, block):
+            a = torch.zeros(rank, weights[name].shape[1])
+            factors[name] = (columns.clone().requires_grad_(), a.requires_grad_())
     return factors
 
 

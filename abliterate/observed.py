@@ -63,6 +63,11 @@ def masks_by_role(prompts: Sequence[Observed], removed: Collection[str]) -> Mapp
     return {role: torch.tensor([each is role for each in roles], dtype=torch.bool) for role in Role}
 
 
+def refusal_at_stake(prompts: Sequence[Observed], removed: Collection[str]) -> list[Observed]:
+    """Those of `prompts` that the base refuses or should refuse: all but the benign ones that it answers."""
+    return [prompt for prompt in prompts if role_of(prompt, removed) is not Role.COMPLIED]
+
+
 def evenly_spread(items: Sequence[_Item], count: int) -> list[_Item]:
     """At most `count` of `items`, evenly spread, in their order."""
     count = min(count, len(items))

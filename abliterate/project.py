@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Protocol
 
@@ -86,12 +86,15 @@ def edited_writers(
     for layer in chosen:
         rows = directions.at(layer + 1)
         if len(rows):
-            writers += [
-                (layer, name, rows) for name in model.architecture.residual_writers(layer) if name.split(".")[-2] in components
-            ]
+            writers += [(layer, name, rows) for name in written_names(model.architecture, layer, components)]
     if not writers:
         raise TrailmedError("there is nothing to edit: no chosen layer has a direction; choose other layers, or take directions anew")
     return writers
+
+
+def written_names(architecture: Architecture, block: int, components: Collection[str] = COMPONENTS) -> list[str]:
+    """`state_dict()` names of the residual writers of `block` (0-based) that `components` choose."""
+    return [name for name in architecture.residual_writers(block) if name.split(".")[-2] in components]
 
 
 def direction_recipe(directions: Directions) -> Mapping[str, Any]:

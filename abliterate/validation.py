@@ -14,6 +14,11 @@ IsRefusal = Callable[[Sequence[int]], bool]
 """The judge's word on an answer given as tokens."""
 
 
+def telling(prompts: Sequence[Observed], removed: Collection[str]) -> list[Observed]:
+    """Those of `prompts` whose answers say where the line belongs: benign ones of the categories `removed`, and all harmful ones."""
+    return [prompt for prompt in prompts if prompt.should_refuse or prompt.category in removed]
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Validation:
     """The validation prompts that matter to an edit, and how they are looked at."""

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy.stats import mannwhitneyu
 from small_models import tiny_module
 
-from trailmed.abliterate.calibrate import Counts, best_move, margins, refusal_log_odds, separation
+from trailmed.abliterate.calibrate import MOST_COUNTS, Counts, least_move, margins, refusal_log_odds, separation
 
 SCORES = st.lists(st.integers(-5, 5).map(float), min_size=1, max_size=12)
 
@@ -70,27 +70,35 @@ def test_margins_without_refusals_or_prompts_are_numbers(base: Counts) -> None:
 
 
 @settings(deadline=None)
-@given(benign_line=st.floats(0, 4), gap=st.floats(0, 5))
-def test_the_best_move_is_as_good_as_the_best_of_a_fine_grid(benign_line: float, gap: float) -> None:
+@given(benign_line=st.floats(-4, 6), gap=st.floats(0, 6))
+def test_the_line_is_moved_no_further_than_the_limits_ask(benign_line: float, gap: float) -> None:
     count = model(benign_line, benign_line - gap)
-    nats, tried = best_move(count, BASE, 0.8)
-    assert len(tried) <= 6
+    nats, tried = least_move(count, BASE, 0.8)
+    assert len(tried) <= MOST_COUNTS
     assert nats in [each for each, _ in tried]
 
     def worst(at: float) -> float:
         return min(margins(count(at), BASE, 0.8))
 
-    grid = max(worst(step / 50) for step in range(-200, 201))
-    assert worst(nats) >= grid - 0.75  # six counts of whole prompts come that near, in standard errors
-    assert worst(nats) == max(min(margins(found, BASE, 0.8)) for _, found in tried)
+    clear = [step / 50 for step in range(-200, 201) if worst(step / 50) >= 0.5]
+    if worst(nats) >= 0.5:
+        assert abs(nats) <= min(map(abs, clear)) + 0.125 + 0.02  # the last step of the bisection, and of the grid
+    else:
+        assert max(clear, default=0.0) - min(clear, default=0.0) <= 0.125  # nothing is clear, or less than the bisection sees
+        assert worst(nats) == max(min(margins(found, BASE, 0.8)) for _, found in tried)
 
 
 def test_an_over_refusing_edit_is_moved_towards_help_and_the_reverse() -> None:
     refusing, helping = model(-1.0, -4.0), model(5.0, 3.0)
-    assert best_move(refusing, BASE, 0.8)[0] < 0 < best_move(helping, BASE, 0.8)[0]
+    assert least_move(refusing, BASE, 0.8)[0] < 0 < least_move(helping, BASE, 0.8)[0]
+
+
+def test_a_line_that_is_clear_stays_after_one_count() -> None:
+    nats, tried = least_move(lambda _: Counts(0, 100, 50, 50), BASE, 0.8)
+    assert (nats, len(tried)) == (0, 1)
 
 
 def test_a_line_that_does_not_move_is_left_where_it_is_after_few_counts() -> None:
-    nats, tried = best_move(lambda _: Counts(50, 100, 50, 50), BASE, 0.8)
+    nats, tried = least_move(lambda _: Counts(50, 100, 50, 50), BASE, 0.8)
     assert nats == 0
     assert [each for each, _ in tried] == [0, -1, -2, -3, -4]

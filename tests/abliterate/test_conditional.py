@@ -60,8 +60,8 @@ def test_prompts_that_look_alike_are_told() -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("nats", 0.0), ("nats", float("inf")), ("ridge", -1.0), ("first_layer", 0.8), ("last_layer", 1.1), ("validation_tokens", 0),
-        ("least_fall", 2.0),
+        ("nats", 0.0), ("nats", float("inf")), ("damping", 0.0), ("ridge", -1.0), ("first_layer", 0.8), ("last_layer", 1.1),
+        ("validation_tokens", 0), ("least_fall", 2.0),
     ],
 )
 def test_settings_out_of_range(name: str, value: float) -> None:
@@ -132,7 +132,7 @@ def made(removed: str = "water", crossed: int = 0) -> Edit:
     model = SimpleNamespace(module=module, architecture=ARCHITECTURES["qwen2"], tokenizer=SimpleNamespace(eos_ids=frozenset({STOP})))
     return conditional(
         model, prompts, observe(60, 2), (removed,), is_refusal, EditOrigin("a" * 64, "b" * 64, removed=(removed,)),
-        ConditionalSettings(nats=12.0, validation_tokens=3), crossed=prompts[:crossed], progress=False,
+        ConditionalSettings(nats=12.0, damping=100.0, validation_tokens=3), crossed=prompts[:crossed], progress=False,
     )
 
 
