@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -87,24 +88,25 @@ def capture(
     """
     decoder = text_decoder(model.module)
     layers = _layers(decoder)
-    _check_lengths(token_ids, 1)
+    ends = [[len(ids) - 1] for ids in token_ids]
+    _check_positions(token_ids, ends)
     residual = torch.empty(len(token_ids), len(layers) + 1, decoder.config.hidden_size)
     rows: _Rows
 
     def keep(index: int) -> Callable[..., None]:
         def hook(_module: Any, _args: Any, output: torch.Tensor) -> None:
-            residual[rows.prompts, index] = rows.of(output)[:, 0]
+            residual[rows.places, index] = rows.of(output)
         return hook
 
     def keep_embeddings(_module: Any, args: tuple[Any, ...]) -> None:
-        residual[rows.prompts, 0] = rows.of(args[0])[:, 0]
+        residual[rows.places, 0] = rows.of(args[0])
 
     with ExitStack() as hooks:
         hooks.enter_context(layers[0].register_forward_pre_hook(keep_embeddings))
         for index, layer in enumerate(layers, start=1):
             hooks.enter_context(layer.register_forward_hook(keep(index)))
         for batch in length_batches([len(ids) for ids in token_ids], batch_tokens):
-            rows = _Rows(batch, token_ids, 1)
+            rows = _Rows(batch, ends)
             run_decoder(decoder, padded(token_ids, batch))
             progress(len(batch))
     _check_finite(residual)
@@ -118,45 +120,62 @@ def capture_inputs(
     """What the named linear layers read at the last token of each prompt: by name, float32 [n, d_in] on the CPU.
 
     With `positions` > 1 at the last `positions` tokens, in their order: [n, positions, d_in] (token ids may well hold the beginning
-    of an answer after the prompt). A name may be the module's or that of its weight (`model.layers.3.mlp.down_proj.weight`); the
-    result is keyed by the names given. All results are held in memory: n · positions · Σ d_in · 4 bytes.
-
-    Batches and errors as in `capture`; ValueError also for a prompt shorter than `positions` and for an unknown name.
+    of an answer after the prompt). Names, memory, batches and errors as in `inputs_at`.
     """
-    decoder = text_decoder(model.module)
-    _check_lengths(token_ids, positions)
-    modules = {name: _linear(model.module, name) for name in module_names}
-    inputs = {name: torch.empty(len(token_ids), positions, linear.in_features) for name, linear in modules.items()}
+    if positions < 1:
+        raise ValueError(f"cannot take the last {positions} tokens")
+    ends = [range(len(ids) - positions, len(ids)) for ids in token_ids]
+    inputs = inputs_at(model.module, token_ids, ends, module_names, batch_tokens=batch_tokens, progress=progress)
+    if positions == 1:
+        return inputs
+    return {name: values.reshape(len(token_ids), positions, -1) for name, values in inputs.items()}
+
+
+def inputs_at(
+    module: Any, token_ids: TokenIds, positions: Sequence[Sequence[int]], module_names: Sequence[str], *, batch_tokens: int = 2048,
+    progress: Advance = no_progress,
+) -> dict[str, torch.Tensor]:
+    """What the named linear layers of `module` read at `positions` (token indices) of each sequence: float32 [Σ positions, d_in] by name.
+
+    Rows are in the order given, sequence by sequence. A name may be the module's or that of its weight
+    (`model.layers.3.mlp.down_proj.weight`); the result is keyed by the names given. All results are held in memory, on the CPU:
+    Σ positions · Σ d_in · 4 bytes. Batches and errors as in `capture`; ValueError also for a position that a sequence does not have and
+    for an unknown name.
+    """
+    decoder = text_decoder(module)
+    _check_positions(token_ids, positions)
+    modules = {name: _linear(module, name) for name in module_names}
+    inputs = {name: torch.empty(sum(map(len, positions)), linear.in_features) for name, linear in modules.items()}
     rows: _Rows
 
     def keep(name: str) -> Callable[..., None]:
         def hook(_module: Any, args: tuple[Any, ...]) -> None:
-            inputs[name][rows.prompts] = rows.of(args[0])
+            inputs[name][rows.places] = rows.of(args[0])
         return hook
 
     with ExitStack() as hooks:
         for name, linear in modules.items():
             hooks.enter_context(linear.register_forward_pre_hook(keep(name)))
         for batch in length_batches([len(ids) for ids in token_ids], batch_tokens):
-            rows = _Rows(batch, token_ids, positions)
+            rows = _Rows(batch, positions)
             run_decoder(decoder, padded(token_ids, batch))
             progress(len(batch))
     for values in inputs.values():
         _check_finite(values)
-    return {name: values[:, 0] if positions == 1 else values for name, values in inputs.items()}
+    return inputs
 
 
 class _Rows:
-    """Which prompts a batch holds and which of its rows are kept: the last `positions` real tokens of each."""
+    """Which rows of a batch are kept, and their places among those of all sequences."""
 
-    def __init__(self, batch: Sequence[int], token_ids: TokenIds, positions: int) -> None:
-        self.prompts = torch.tensor(batch)
-        ends = torch.tensor([len(token_ids[prompt]) for prompt in batch])
-        self._columns = ends[:, None] + torch.arange(-positions, 0)
-        self._rows = torch.arange(len(batch))[:, None]
+    def __init__(self, batch: Sequence[int], positions: Sequence[Sequence[int]]) -> None:
+        starts = [0, *accumulate(map(len, positions))]
+        self.places = torch.tensor([place for index in batch for place in range(starts[index], starts[index + 1])])
+        self._rows = torch.tensor([row for row, index in enumerate(batch) for _ in positions[index]])
+        self._columns = torch.tensor([column for index in batch for column in positions[index]])
 
     def of(self, hidden: torch.Tensor) -> torch.Tensor:
-        """float32 [batch, positions, d] on the CPU, a copy, of `hidden` [batch, tokens, d]."""
+        """float32 [rows, d] on the CPU, a copy, of `hidden` [batch, tokens, d]."""
         return hidden[self._rows.to(hidden.device), self._columns.to(hidden.device)].to("cpu", torch.float32)
 
 
@@ -210,14 +229,12 @@ def _linear(module: Any, name: str) -> torch.nn.Linear:
     return linear
 
 
-def _check_lengths(token_ids: TokenIds, positions: int) -> None:
-    if positions < 1:
-        raise ValueError(f"cannot take the last {positions} tokens")
+def _check_positions(token_ids: TokenIds, positions: Sequence[Sequence[int]]) -> None:
     if not token_ids:
         raise ValueError("no prompts to take activations of")
-    shortest = min(len(ids) for ids in token_ids)
-    if shortest < positions:
-        raise ValueError(f"a prompt has {shortest} tokens; the last {positions} are asked for")
+    for ids, wanted in zip(token_ids, positions, strict=True):
+        if not all(0 <= position < len(ids) for position in wanted):
+            raise ValueError(f"a prompt of {len(ids)} tokens has none at {min(wanted)} to {max(wanted)}")
 
 
 def _check_finite(values: torch.Tensor) -> None:

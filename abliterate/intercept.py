@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from ..errors import TrailmedError
+from .activations import inputs_at
 from .calibrate import lead_log_odds
 from .factors import Pairs, attached
-from .teacher import padded_forward
 
 _RIDGE = 1e-2
 """Of the inputs' mean square."""
@@ -48,8 +48,9 @@ def find_intercept(
     answer. `prompts` (token ids) are those whose log-odds of `refusal` (token ids) the column moves. Raises `TrailmedError`
     when the log-odds do not depend on the layer's output.
     """
-    layer = module.get_submodule(name.removesuffix(".weight"))
-    row = constant_row(_inputs(module, layer, answered))
+    sequences = [sequence for sequence, _ in answered]
+    predicting = [range(len(sequence) - count - 1, len(sequence) - 1) for sequence, count in answered]
+    row = _constant_row(inputs_at(module, sequences, predicting, [name])[name])
     gradient = refusal_gradients(module, {name: row}, prompts, refusal)[name]
     square = gradient.square().sum()
     if not (torch.isfinite(square) and square > 0):
@@ -57,28 +58,7 @@ def find_intercept(
     return Intercept(name, gradient / square, row)
 
 
-@torch.inference_mode()
-def _inputs(module: Any, layer: Any, answered: Sequence[tuple[Sequence[int], int]]) -> torch.Tensor:
-    """What `layer` reads, float32 [n, d_in], at the positions that predict the answers."""
-    kept: list[torch.Tensor] = []
-    order = sorted(answered, key=lambda each: len(each[0]))
-    for start in range(0, len(order), _BATCH):
-        rows = order[start : start + _BATCH]
-
-        spans = [slice(len(sequence) - count - 1, len(sequence) - 1) for sequence, count in rows]
-
-        def keep(_layer: Any, args: tuple[torch.Tensor, ...], spans: Sequence[slice] = spans) -> None:
-            kept.extend(x[span].float() for x, span in zip(args[0], spans, strict=True))
-
-        handle = layer.register_forward_pre_hook(keep)
-        try:
-            padded_forward(module, [sequence for sequence, _ in rows])
-        finally:
-            handle.remove()
-    return torch.cat(kept)
-
-
-def constant_row(inputs: torch.Tensor) -> torch.Tensor:
+def _constant_row(inputs: torch.Tensor) -> torch.Tensor:
     """The ridge solution of a·x = 1 over the rows x of `inputs` [n, d_in], scaled so that a·x is 1 on average; float32 [d_in]."""
     x = inputs.double()
     moment = x.T @ x / len(x)

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_models import VOCABULARY, tiny_module
 
-from trailmed.abliterate.activations import Activations, capture, capture_inputs, length_batches
+from trailmed.abliterate.activations import Activations, capture, capture_inputs, inputs_at, length_batches
 from trailmed.errors import TrailmedError
 
 ARCHITECTURES = ("qwen2", "qwen3", "llama", "gemma3")
@@ -119,6 +119,22 @@ def test_inputs_of_linear_layers(architecture: str, positions: int) -> None:
             torch.testing.assert_close(inputs[name][index], expected, atol=2e-5, rtol=1e-4)
 
 
+def test_inputs_at_positions_of_each_prompt() -> None:
+    module, ids, name = tiny_module("gemma3"), prompts((12, 3, 20, 9)), "model.layers.1.mlp.down_proj"
+    positions: list[list[int]] = [[11, 0], [], [5, 19, 6], [8]]
+    found = inputs_at(module, ids, positions, [name], batch_tokens=50)[name]
+    expected: list[torch.Tensor] = []
+    for prompt, wanted in zip(ids, positions, strict=True):
+        with (
+            module.get_submodule(name).register_forward_hook(
+                lambda _m, args, _o, wanted=wanted: expected.extend(args[0][0, wanted].clone()),
+            ),
+            torch.no_grad(),
+        ):
+            module(input_ids=torch.tensor([prompt]))
+    torch.testing.assert_close(found, torch.stack(expected), atol=2e-5, rtol=1e-4)
+
+
 @given(st.lists(st.integers(1, 90), min_size=1, max_size=40), st.integers(1, 200))
 def test_batches_hold_every_prompt_once_and_not_too_many_tokens(lengths: list[int], batch_tokens: int) -> None:
     batches = length_batches(lengths, batch_tokens)
@@ -136,6 +152,7 @@ def test_batches_hold_every_prompt_once_and_not_too_many_tokens(lengths: list[in
         (lambda small: capture(small, [[1]], batch_tokens=0), "batch of 0"),
         (lambda small: capture_inputs(small, [[1, 2]], ["model.layers.0.mlp.down_proj"], positions=3), "2 tokens"),
         (lambda small: capture_inputs(small, [[1, 2]], ["model.layers.0.mlp.down_proj"], positions=0), "last 0"),
+        (lambda small: inputs_at(small.module, [[1, 2]], [[0, -1]], ["model.layers.0.mlp.down_proj"]), "none at -1 to 0"),
         (lambda small: capture_inputs(small, [[1, 2]], ["model.layers.9.mlp.down_proj"]), "no module"),
         (lambda small: capture_inputs(small, [[1, 2]], ["model.norm"]), "not a linear layer"),
     ],

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from small_models import tiny_module
 
 from trailmed.abliterate.answers import greedy_answers
-from trailmed.abliterate.conditional import ConditionalSettings, condition_row, conditional, folds
+from trailmed.abliterate.conditional import ConditionalSettings, condition_row, conditional, constant_row, elsewhere, folds
 from trailmed.abliterate.edit import Edit
 from trailmed.abliterate.observed import Observed, Role
 from trailmed.abliterate.origin import EditOrigin
@@ -27,34 +27,55 @@ from trailmed.models.architecture import ARCHITECTURES
 READINGS = {Role.OVER_REFUSED: -1, Role.HARMFUL_COMPLIED: 1, Role.COMPLIED: 0, Role.KEPT_REFUSED: 0, Role.HARMFUL_REFUSED: 0.7}
 
 
-@given(st.integers(0, 2**32 - 1), st.floats(1e-3, 1), st.integers(0, 2))
+@given(st.integers(0, 2**32 - 1), st.floats(1e-3, 1), st.integers(0, 2), st.integers(0, 6))
 @settings(max_examples=40, deadline=None)
-def test_the_row_is_the_weighted_ridge_solution_scaled_to_a_gap_of_one(seed: int, ridge: float, variety: int) -> None:
+def test_the_rows_are_weighted_ridge_solutions_scaled_to_their_ends(seed: int, ridge: float, variety: int, elsewhere: int) -> None:
     generator = np.random.default_rng(seed)
     kinds = [Role.OVER_REFUSED, Role.COMPLIED, Role.HARMFUL_COMPLIED, Role.HARMFUL_REFUSED, Role.KEPT_REFUSED][: 3 + variety]
     roles = kinds + [kinds[index] for index in generator.integers(0, len(kinds), 15)]
     t = np.array([READINGS[role] for role in roles], dtype=float)
-    x = generator.normal(size=(len(roles), 12)).astype(np.float32) + 3 * t[:, None] * np.eye(12)[0] + 5
-    w = np.array([1 / roles.count(role) for role in roles])
-    w /= w.mean()
-    x64 = x.astype(np.float32).astype(float)
-    penalty = ridge * (w * ((x64 - x64.mean(0)) ** 2).sum(1)).mean()
-    row = np.linalg.solve((x64 * w[:, None]).T @ x64 + penalty * np.eye(12), (x64 * w[:, None]).T @ t)
-    row /= (x64 @ row)[t > 0].mean() - (x64 @ row)[t < 0].mean()
-    found = condition_row(torch.from_numpy(x.astype(np.float32)), roles, ridge)
+    x = (generator.normal(size=(len(roles), 12)) + 3 * t[:, None] * np.eye(12)[0] + 5).astype(np.float32)
+    others = (generator.normal(size=(elsewhere, 12)) + 5 + 2 * np.eye(12)[1]).astype(np.float32)
+    w = np.array([1 / roles.count(role) for role in roles] + elsewhere * [2 / max(1, elsewhere)])
+    x64, n = np.concatenate([x, others]).astype(float), len(roles)
+    variance = (w[:n] * ((x64[:n] - x64[:n].mean(0)) ** 2).sum(1)).mean()
+
+    def solution(targets: np.ndarray, share: float) -> np.ndarray:
+        targets = np.concatenate([targets, np.zeros(elsewhere)])
+        return np.linalg.solve((x64 * w[:, None]).T @ x64 + share * variance * np.eye(12), (x64 * w[:, None]).T @ targets)
+
+    row, constant = solution(t, ridge), solution(np.ones(n), 0.01)
+    row /= (x64[:n] @ row)[t > 0].mean() - (x64[:n] @ row)[t < 0].mean()
+    constant /= (x64[:n] @ constant).mean()
+    found = condition_row(torch.from_numpy(x), torch.from_numpy(others), roles, ridge)
     assert found.dtype == torch.float32
     np.testing.assert_allclose(found, row, rtol=1e-3, atol=1e-4 * np.abs(row).max())
+    np.testing.assert_allclose(
+        constant_row(torch.from_numpy(x), torch.from_numpy(others), roles), constant, rtol=1e-3, atol=1e-4 * np.abs(constant).max(),
+    )
 
 
 def test_without_answered_harmful_prompts_over_refused_ones_read_minus_a_half() -> None:
     roles = [Role.OVER_REFUSED] * 4 + [Role.COMPLIED] * 4
     x = torch.from_numpy(np.random.default_rng(0).normal(size=(8, 20)).astype(np.float32))
-    assert float((x @ condition_row(x, roles, 0.1))[:4].mean()) == pytest.approx(-0.5, abs=1e-5)
+    assert float((x @ condition_row(x, x[:0], roles, 0.1))[:4].mean()) == pytest.approx(-0.5, abs=1e-5)
 
 
 def test_prompts_that_look_alike_are_told() -> None:
     with pytest.raises(TrailmedError, match="look alike"):
-        condition_row(torch.ones(6, 5), [Role.OVER_REFUSED] * 3 + [Role.HARMFUL_COMPLIED] * 3, 0.1)
+        condition_row(torch.ones(6, 5), torch.ones(2, 5), [Role.OVER_REFUSED] * 3 + [Role.HARMFUL_COMPLIED] * 3, 0.1)
+
+
+@given(st.integers(1, 60), st.integers(0, 20))
+def test_tokens_elsewhere_are_neither_the_first_nor_the_last_of_the_prompt(asked: int, answered: int) -> None:
+    tokens, answer = tuple(range(asked)), tuple(range(100, 100 + answered))
+    sequence, positions = elsewhere(Observed("1", "water", False, tokens, answer, False))
+    assert sequence == [*tokens, *answer[:8]]
+    assert positions == sorted(set(positions))
+    assert not {0, asked - 1} & {position for position in positions if position < asked}
+    assert sum(position >= asked for position in positions) == min(answered, 4)
+    assert sum(position < asked for position in positions) == min(4, max(0, asked - 1 - max(1, (asked - 1) // 2)))
+    assert all(position < len(sequence) for position in positions)
 
 
 @pytest.mark.parametrize(
