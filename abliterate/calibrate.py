@@ -16,7 +16,6 @@ import torch
 from .teacher import output_logits, padded_forward
 
 _BATCH = 32
-_LEAD_TOKENS = 3
 _NEVER_CERTAIN = 1e-6
 _STEP = 1.0
 _FINEST = 0.125
@@ -44,27 +43,35 @@ class Counts:
         )
 
 
-def lead_log_odds(module: Any, token_ids: Sequence[Sequence[int]], refusal: Sequence[int]) -> torch.Tensor:
-    """For each prompt log(p / (1 − p)), p the probability that the answer begins with the first tokens of `refusal`: float32 [n]."""
-    lead = list(refusal[:_LEAD_TOKENS])
-    final = padded_forward(module, [[*prompt, *lead] for prompt in token_ids])
+def lead_log_odds(module: Any, token_ids: Sequence[Sequence[int]], openings: Sequence[Sequence[int]]) -> torch.Tensor:
+    """For each prompt log(p / (1 − p)), p the probability that the answer begins with one of `openings` (token ids): float32 [n].
+
+    No opening may begin with another one; else p would count answers twice. Raises ValueError when there is none.
+    """
+    if not openings:
+        raise ValueError("no opening of a refusal is given")
+    asked = [[*prompt, *opening] for prompt in token_ids for opening in openings]
+    final = iter(padded_forward(module, asked))
     log_p = []
-    for hidden, prompt in zip(final, token_ids, strict=True):
-        end = len(prompt) + len(lead) - 1
-        log_probs = output_logits(module, hidden[end - len(lead) : end]).log_softmax(-1)
-        log_p.append(log_probs[torch.arange(len(lead)), torch.tensor(lead)].sum())
+    for prompt in token_ids:
+        each = []
+        for opening in openings:
+            log_probs = output_logits(module, next(final)[len(prompt) - 1 : len(prompt) - 1 + len(opening)]).log_softmax(-1)
+            each.append(log_probs[torch.arange(len(opening)), torch.tensor(opening)].sum())
+        log_p.append(torch.stack(each).logsumexp(0))
     log_ps = torch.stack(log_p).clamp_max(-_NEVER_CERTAIN)
     return log_ps - torch.log(-torch.expm1(log_ps))
 
 
 @torch.inference_mode()
-def refusal_log_odds(module: Any, token_ids: Sequence[Sequence[int]], refusal: Sequence[int]) -> list[float]:
+def refusal_log_odds(module: Any, token_ids: Sequence[Sequence[int]], openings: Sequence[Sequence[int]]) -> list[float]:
     """`lead_log_odds` of any number of prompts, in batches of like length, in the order given."""
     scores = [0.0] * len(token_ids)
     order = sorted(range(len(token_ids)), key=lambda index: len(token_ids[index]))
-    for start in range(0, len(order), _BATCH):
-        rows = order[start : start + _BATCH]
-        for row, score in zip(rows, lead_log_odds(module, [token_ids[row] for row in rows], refusal).tolist(), strict=True):
+    batch = max(1, _BATCH // max(1, len(openings)))
+    for start in range(0, len(order), batch):
+        rows = order[start : start + batch]
+        for row, score in zip(rows, lead_log_odds(module, [token_ids[row] for row in rows], openings).tolist(), strict=True):
             scores[row] = score
     return scores
 

@@ -2,20 +2,22 @@
 
 The rows are ridge regressions: at its last token an over-refused prompt reads −1, a benign one that the base answers 0, a harmful one
 that it answers +1, and one that it refuses 0.7, so that a line drawn lower does not cost it its refusal. The columns are the natural
-gradient of the refusal's log-odds, so that answered prompts change least for the nats it moves (see `fisher`). It is conditional
-activation steering (Lee et al. 2024, arXiv:2409.05907) with the condition linear, and therefore written into the weights. Closed form:
-the least-norm solution does not follow the single prompt as gradient descent on the same rows does. A constant row beside it reads 1 at
-every last token and draws the line between help and refusal, where the answers to prompts it was not fitted to say. Both read 0
-elsewhere in answered prompts and in their answers: the decision is made at one token, and an edit that acts on every token disturbs
-what has long been decided, up to answers that go in circles.
+gradient of the log-odds of a refusal, however the base words it, so that answered prompts change least for the nats it moves (see
+`fisher`). It is conditional activation steering (Lee et al. 2024, arXiv:2409.05907) with the condition linear, and therefore written
+into the weights. Closed form: the least-norm solution does not follow the single prompt as gradient descent on the same rows does. A
+constant row beside it reads 1 at the last token of a prompt that a line between help and refusal is for, and draws that line where the
+answers to prompts it was not fitted to say; at benign prompts of categories that are not removed it reads 0. Both read 0 elsewhere in
+answered prompts and in their answers: the decision is made at one token, and an edit that acts on every token disturbs what has long
+been decided, up to answers that go in circles.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -31,7 +33,7 @@ from .intercept import refusal_gradients
 from .observed import Observed, Role, evenly_spread, refusal_at_stake, role_of
 from .origin import EditOrigin
 from .project import written_names
-from .teacher import stock_refusal
+from .teacher import refusal_openings
 from .validation import IsRefusal, Validation, telling
 
 _SAMPLED = 64
@@ -46,12 +48,19 @@ _ELSEWHERE_TOKENS = 4
 """Of each such prompt's second half and of the beginning of its answer, each."""
 _ANSWER_TOKENS = 8
 _ELSEWHERE_WEIGHT = 2.0
-"""Of all those tokens together; the last tokens of the prompts of one role have 1."""
+"""Of all those tokens together; the last tokens of the prompts of one class have 1."""
 _CONSTANT_RIDGE = 0.01
 _FOLDS = 4
 _READINGS = {
     Role.OVER_REFUSED: -1.0, Role.HARMFUL_COMPLIED: 1.0, Role.COMPLIED: 0.0, Role.KEPT_REFUSED: 0.0, Role.HARMFUL_REFUSED: 0.7,
 }
+
+
+class PromptClass(NamedTuple):
+    """What the rows are fitted to alike: prompts of one role, benign ones of categories that are not removed apart from the others."""
+
+    role: Role
+    spared: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,18 +98,20 @@ def conditional(
     """Fit the rows to `prompts`, draw the line by `validation`, and return W' = W + x (c·a + t·u)ᵀ for the writers of the middle blocks.
 
     a [d_in] is the regression, u [d_in] the constant row (`condition_row`, `constant_row`), x [d_out] the natural gradient of the
-    log-odds of the base's stock refusal, all tensors together moving them by a nat; the factors are float32 of rank 1. t is the least
+    log-odds of a refusal (`refusal_openings`), all tensors together moving them by a nat; the factors are float32 of rank 1. t is the least
     move of the line that holds the limits (`least_move`). Besides `validation` an even sample of `crossed` (a part of `prompts`) draws
     the line, each prompt answered under rows fitted without its fold's scenarios: validation alone is too small to place the line by.
-    `model` is a `LoadedModel`; its module is
-    left as it was. Nothing is random. Raises `TrailmedError` when the base over-refuses nothing in the removed categories, or its odds of
-    refusing do not depend on these tensors.
+    `model` is a `LoadedModel`; its module is left as it was. Nothing is random. Raises `TrailmedError` when the base over-refuses nothing
+    in the removed categories, or its odds of refusing do not depend on these tensors.
     """
     module = model.module
     roles = [role_of(prompt, removed) for prompt in prompts]
     if Role.OVER_REFUSED not in roles:
         raise TrailmedError("the base refuses none of the fit prompts of the categories to remove; there is nothing to edit")
-    refusal = stock_refusal(prompts)
+    classes = [
+        PromptClass(role, not prompt.should_refuse and prompt.category not in removed) for prompt, role in zip(prompts, roles, strict=True)
+    ]
+    openings = refusal_openings(prompts)
     blocks = len(module.model.layers)
     first = min(round(settings.first_layer * blocks), blocks - 1)
     edited = range(first, max(first + 1, round(settings.last_layer * blocks)))
@@ -112,12 +123,12 @@ def conditional(
             for name, each in capture_inputs(model, [prompt.token_ids for prompt in prompts], names, progress=advance).items()
         }
         owners, others = _elsewhere(module, evenly_spread(answered, _ELSEWHERE_PROMPTS), names, advance)
-    constants = {name: constant_row(x, others[name], roles) for name, x in inputs.items()}
+    constants = {name: constant_row(x, others[name], classes) for name, x in inputs.items()}
     sampled = [prompt.token_ids for prompt in evenly_spread(refusal_at_stake(prompts, removed), _SAMPLED)]
     undisturbed = [prompt.token_ids for prompt in evenly_spread(answered, _UNDISTURBED)]
     try:
         columns = natural_gradient(
-            refusal_gradients(module, constants, sampled, refusal), first_token_scores(module, constants, undisturbed), len(undisturbed),
+            refusal_gradients(module, constants, sampled, openings), first_token_scores(module, constants, undisturbed), len(undisturbed),
             settings.damping,
         )
     except ValueError as error:
@@ -126,18 +137,18 @@ def conditional(
     def rows_without(left_out: Collection[str]) -> dict[str, torch.Tensor]:
         kept = [index for index, prompt in enumerate(prompts) if prompt.id not in left_out]
         kept_others = [index for index, owner in enumerate(owners) if owner not in left_out]
-        kept_roles = [roles[index] for index in kept]
+        kept_classes = [classes[index] for index in kept]
         return {
-            name: condition_row(x[kept], others[name][kept_others], kept_roles, settings.ridge) for name, x in inputs.items()
+            name: condition_row(x[kept], others[name][kept_others], kept_classes, settings.ridge) for name, x in inputs.items()
         }
 
     def factors(rows: dict[str, torch.Tensor], line: float) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         return {name: (columns[name][:, None], (settings.nats * rows[name] + line * constants[name])[None]) for name in names}
 
-    rows, watched = rows_without(()), Validation(telling(validation, removed), refusal)
+    rows, watched = rows_without(()), Validation(telling(validation, removed), openings)
     asked = evenly_spread(telling(crossed, removed), _CROSSED)
     views = [(rows, watched)] + [
-        (rows_without(fold), Validation(held, refusal))
+        (rows_without(fold), Validation(held, openings))
         for fold in folds(prompts) if (held := [prompt for prompt in asked if prompt.id in fold])
     ]
     base = sum((view.observed_counts() for _, view in views), start=Counts(0, 0, 0, 0))
@@ -199,16 +210,16 @@ def _elsewhere(
     return owners, inputs_at(module, sequences, positions, names, progress=progress)
 
 
-def condition_row(inputs: torch.Tensor, others: torch.Tensor, roles: Sequence[Role], ridge: float) -> torch.Tensor:
-    """The row a, float32 [d_in], that reads `_READINGS` at the last tokens of prompts of these roles and 0 at other tokens.
+def condition_row(inputs: torch.Tensor, others: torch.Tensor, classes: Sequence[PromptClass], ridge: float) -> torch.Tensor:
+    """The row a, float32 [d_in], that reads `_READINGS` at the last tokens of prompts of these classes and 0 at other tokens.
 
-    `inputs` is float32 [n, d_in] at the last tokens, `others` [m, d_in] elsewhere (m may be 0). Every role present weighs the same,
+    `inputs` is float32 [n, d_in] at the last tokens, `others` [m, d_in] elsewhere (m may be 0). Every class present weighs the same,
     however many prompts it has, and the other tokens twice as much; `ridge` is relative to the weighted variance of `inputs`. What
     ridge regression shrinks is given back: the mean reading of the harmful prompts less that of the over-refused ones is 1 afterwards
     (without harmful prompts: that of the over-refused is −1/2). Raises `TrailmedError` when the row cannot tell them apart.
     """
-    targets = torch.tensor([_READINGS[role] for role in roles], dtype=torch.float64)
-    row = _ridge_row(inputs, others, roles, targets, ridge)
+    targets = torch.tensor([_READINGS[each.role] for each in classes], dtype=torch.float64)
+    row = _ridge_row(inputs, others, classes, targets, ridge)
     read = inputs.double() @ row
     low = float(read[targets < 0].mean())
     gap = float(read[targets > 0].mean()) - low if (targets > 0).any() else -2 * low
@@ -217,24 +228,26 @@ def condition_row(inputs: torch.Tensor, others: torch.Tensor, roles: Sequence[Ro
     return (row / gap).float()
 
 
-def constant_row(inputs: torch.Tensor, others: torch.Tensor, roles: Sequence[Role]) -> torch.Tensor:
-    """The row u, float32 [d_in], that reads 1 at the last tokens of prompts (on average exactly) and 0 at other tokens.
+def constant_row(inputs: torch.Tensor, others: torch.Tensor, classes: Sequence[PromptClass]) -> torch.Tensor:
+    """The row u, float32 [d_in], that reads 1 (on average exactly) at the last tokens of prompts that are not spared, 0 at those that are.
 
-    Arguments and weights as in `condition_row`. Raises `TrailmedError` when the layer reads nothing there.
+    At other tokens it reads 0 too. Arguments and weights as in `condition_row`. Raises `TrailmedError` when the layer reads nothing at
+    the last tokens.
     """
-    row = _ridge_row(inputs, others, roles, torch.ones(len(roles), dtype=torch.float64), _CONSTANT_RIDGE)
-    mean = float((inputs.double() @ row).mean())
+    targets = torch.tensor([float(not each.spared) for each in classes], dtype=torch.float64)
+    row = _ridge_row(inputs, others, classes, targets, _CONSTANT_RIDGE)
+    mean = float((inputs.double() @ row)[targets > 0].mean())
     if not mean > 0:
         raise TrailmedError("the layers read nothing at the last tokens; use another method than conditional")
     return (row / mean).float()
 
 
 def _ridge_row(
-    inputs: torch.Tensor, others: torch.Tensor, roles: Sequence[Role], targets: torch.Tensor, ridge: float,
+    inputs: torch.Tensor, others: torch.Tensor, classes: Sequence[PromptClass], targets: torch.Tensor, ridge: float,
 ) -> torch.Tensor:
     """float64 [d_in] that reads `targets` [n] from `inputs` and 0 from `others`, weighted and regularized as in `condition_row`."""
-    counts = {role: roles.count(role) for role in set(roles)}
-    weights = torch.tensor([1 / counts[role] for role in roles], dtype=torch.float64)
+    counts = Counter(classes)
+    weights = torch.tensor([1 / counts[each] for each in classes], dtype=torch.float64)
     ends, rest = inputs.double(), others.double()
     variance = float(((ends - ends.mean(0)).square().sum(1) * weights).mean())
     if not variance > 0:

@@ -28,7 +28,7 @@ from .intercept import Intercept, find_intercept
 from .observed import Observed, Role, evenly_spread, refusal_at_stake, role_of
 from .origin import EditOrigin
 from .packing import blocks_are_alike, pack, run_blocks, shared_prefix
-from .teacher import Lesson, lessons, output_logits, padded_forward, prefix_stream, stock_refusal, word_for_word
+from .teacher import Lesson, lessons, output_logits, padded_forward, prefix_stream, refusal_openings, stock_refusal, word_for_word
 from .twin import TwinChoice, ablated, choose_twin
 from .validation import IsRefusal, Validation, telling
 
@@ -132,7 +132,7 @@ def distill(
         taught, first_block,
         prefix_stream(module, prompts[0].token_ids[:prefix], first_block) if blocks_are_alike(module) else None,
     )
-    watched = Validation(telling(validation, removed), stock_refusal(prompts))
+    watched = Validation(telling(validation, removed), refusal_openings(prompts))
     base = watched.observed_counts()
     start = Check(0, watched.separation(module))
     torch.manual_seed(origin.seed)
@@ -143,7 +143,7 @@ def distill(
     )
     # Where the twin's direction is found, or the first trained block above.
     name = model.architecture.residual_writers(max(twin.layer - 1, first_block))[1]
-    intercept = _find_intercept(module, name, factors, taught, prompts, removed, watched.refusal)
+    intercept = _find_intercept(module, name, factors, taught, prompts, removed, watched.openings)
 
     def count(nats: float) -> Counts:
         with attached(module, intercept.added_to(factors, nats)):
@@ -167,13 +167,13 @@ def distill(
 
 def _find_intercept(
     module: Any, name: str, factors: Pairs, taught: Sequence[Lesson], prompts: Sequence[Observed], removed: Collection[str],
-    refusal: Sequence[int],
+    openings: Sequence[Sequence[int]],
 ) -> Intercept:
     """The intercept in the tensor `name`, from a sample of the lessons and of the prompts whose refusal is at stake."""
     stake = [prompt.token_ids for prompt in evenly_spread(refusal_at_stake(prompts, removed), _SAMPLED)]
     answered = [(lesson.sequence, len(lesson.log_probs)) for lesson in taught]
     with attached(module, factors):
-        return find_intercept(module, name, evenly_spread(answered, _SAMPLED), stake, refusal)
+        return find_intercept(module, name, evenly_spread(answered, _SAMPLED), stake, openings)
 
 
 def distribution_loss(logits: torch.Tensor, log_probs: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

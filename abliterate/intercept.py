@@ -40,18 +40,19 @@ class Intercept:
 
 
 def find_intercept(
-    module: Any, name: str, answered: Sequence[tuple[Sequence[int], int]], prompts: Sequence[Sequence[int]], refusal: Sequence[int],
+    module: Any, name: str, answered: Sequence[tuple[Sequence[int], int]], prompts: Sequence[Sequence[int]],
+    openings: Sequence[Sequence[int]],
 ) -> Intercept:
     """The intercept of the linear layer whose weight is called `name`, of `module` as it stands (inside `attached`: of the edited one).
 
     `answered` are sequences of a prompt and its answer with the answer's length: the row is fitted at the positions that predict the
-    answer. `prompts` (token ids) are those whose log-odds of `refusal` (token ids) the column moves. Raises `TrailmedError`
-    when the log-odds do not depend on the layer's output.
+    answer. `prompts` (token ids) are those whose log-odds of beginning with one of `openings` (`refusal_openings`) the column moves. Raises
+    `TrailmedError` when the log-odds do not depend on the layer's output.
     """
     sequences = [sequence for sequence, _ in answered]
     predicting = [range(len(sequence) - count - 1, len(sequence) - 1) for sequence, count in answered]
     row = _constant_row(inputs_at(module, sequences, predicting, [name])[name])
-    gradient = refusal_gradients(module, {name: row}, prompts, refusal)[name]
+    gradient = refusal_gradients(module, {name: row}, prompts, openings)[name]
     square = gradient.square().sum()
     if not (torch.isfinite(square) and square > 0):
         raise TrailmedError(f"the odds of a refusal do not depend on what {name} puts out; use another method")
@@ -68,9 +69,9 @@ def _constant_row(inputs: torch.Tensor) -> torch.Tensor:
 
 
 def refusal_gradients(
-    module: Any, rows: Mapping[str, torch.Tensor], prompts: Sequence[Sequence[int]], refusal: Sequence[int],
+    module: Any, rows: Mapping[str, torch.Tensor], prompts: Sequence[Sequence[int]], openings: Sequence[Sequence[int]],
 ) -> dict[str, torch.Tensor]:
-    """By tensor name, the gradient float32 [d_out] of the mean log-odds of `refusal` (token ids) over `prompts` (token ids).
+    """By tensor name, the gradient float32 [d_out] of the mean `lead_log_odds` of `openings` over `prompts` (token ids).
 
     It is taken with respect to a vector that is added, a·x times, to what the layer of that name puts out; `rows` holds a, float32
     [d_in]. All tensors share one backward pass.
@@ -78,7 +79,8 @@ def refusal_gradients(
     added = {name: torch.zeros(module.get_parameter(name).shape[0], requires_grad=True) for name in rows}
     with attached(module, {name: (added[name][:, None], row[None]) for name, row in rows.items()}):
         order = sorted(prompts, key=len)
-        for start in range(0, len(order), _BATCH):
-            total = lead_log_odds(module, order[start : start + _BATCH], refusal).sum() / len(order)
+        batch = max(1, _BATCH // max(1, len(openings)))
+        for start in range(0, len(order), batch):
+            total = lead_log_odds(module, order[start : start + batch], openings).sum() / len(order)
             total.backward()  # type: ignore[no-untyped-call]
     return {name: torch.zeros_like(each) if each.grad is None else each.grad for name, each in added.items()}

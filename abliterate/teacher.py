@@ -21,6 +21,10 @@ from .packing import blocks_are_alike, pack, run_blocks
 
 TOP = 64
 _BATCH = 24
+_OPENING_TOKENS = 3
+_MOST_OPENINGS = 4
+_COVERED = 0.99
+"""Share of the base's refusals."""
 _HARD_TARGET = 0.98
 """Probability of a stock refusal's tokens: 1 would ask for infinite logits."""
 
@@ -46,6 +50,22 @@ def stock_refusal(prompts: Iterable[Observed]) -> tuple[int, ...]:
     """The refusal the base gives most often, as tokens (ties: the lowest token ids); empty when it never refuses."""
     counts = Counter(prompt.answer for prompt in prompts if prompt.refused)
     return min(counts, key=lambda answer: (-counts[answer], answer), default=())
+
+
+def refusal_openings(prompts: Sequence[Observed]) -> list[tuple[int, ...]]:
+    """The ways the base begins its refusals, the most frequent first (ties: the lowest token ids), each the first tokens of an answer.
+
+    As few as cover `_COVERED` of its refusals, and at most `_MOST_OPENINGS`; none begins with another. Empty when it never refuses. An
+    edit that moves the odds of one of them alone leaves the prompts that are refused in other words refused.
+    """
+    counts = Counter(prompt.answer[:_OPENING_TOKENS] for prompt in prompts if prompt.refused and prompt.answer)
+    openings: list[tuple[int, ...]] = []
+    for opening in sorted(counts, key=lambda each: (-counts[each], each)):
+        if len(openings) == _MOST_OPENINGS or sum(counts[each] for each in openings) >= _COVERED * counts.total():
+            break
+        if not any(opening[: len(each)] == each or each[: len(opening)] == opening for each in openings):
+            openings.append(opening)
+    return openings
 
 
 def output_logits(module: Any, hidden: torch.Tensor) -> torch.Tensor:

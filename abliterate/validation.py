@@ -21,13 +21,13 @@ def telling(prompts: Sequence[Observed], removed: Collection[str]) -> list[Obser
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Validation:
-    """The validation prompts that matter to an edit, and how they are looked at."""
+    """The validation prompts that matter to an edit, and the openings of a refusal (`refusal_openings`) they are looked at by."""
 
     prompts: Sequence[Observed]
-    refusal: Sequence[int]
+    openings: Sequence[Sequence[int]]
 
     def separation(self, module: Any) -> float:
-        scores = refusal_log_odds(module, [prompt.token_ids for prompt in self.prompts], self.refusal)
+        scores = refusal_log_odds(module, [prompt.token_ids for prompt in self.prompts], self.openings)
         return separation(*(
             [score for prompt, score in zip(self.prompts, scores, strict=True) if prompt.should_refuse is kind] for kind in (False, True)
         ))

@@ -29,16 +29,24 @@ def test_separation_without_a_class_says_nothing() -> None:
     assert separation([], [1.0]) == separation([1.0], []) == 0.5
 
 
-def test_log_odds_are_those_of_the_whole_opening() -> None:
+@pytest.mark.parametrize("openings", [[[11, 12, 13]], [[11, 12, 13], [11, 14], [5]]])
+def test_log_odds_are_those_of_any_of_the_whole_openings(openings: list[list[int]]) -> None:
     module = tiny_module("qwen2")
-    prompts, refusal = [[3, 4, 5], [6, 7, 8, 9, 10], [3]], [11, 12, 13, 14]
-    found = refusal_log_odds(module, prompts, refusal)
+    prompts = [[3, 4, 5], [6, 7, 8, 9, 10], [3]]
+    found = refusal_log_odds(module, prompts, openings)
     for prompt, score in zip(prompts, found, strict=True):
-        with torch.inference_mode():
-            logits = module(torch.tensor([[*prompt, *refusal[:3]]])).logits[0].double().numpy()
-        rows = logits[len(prompt) - 1 : len(prompt) + 2]
-        p = math.prod(float(np.exp(row[token]) / np.exp(row).sum()) for row, token in zip(rows, refusal, strict=False))
+        p = 0.0
+        for opening in openings:
+            with torch.inference_mode():
+                logits = module(torch.tensor([[*prompt, *opening]])).logits[0].double().numpy()
+            rows = logits[len(prompt) - 1 : -1]
+            p += math.prod(float(np.exp(row[token]) / np.exp(row).sum()) for row, token in zip(rows, opening, strict=True))
         assert score == pytest.approx(math.log(p / (1 - p)), abs=1e-3)
+
+
+def test_log_odds_of_no_opening_are_refused() -> None:
+    with pytest.raises(ValueError, match="no opening"):
+        refusal_log_odds(tiny_module("qwen2"), [[3, 4]], [])
 
 
 BASE = Counts(30, 100, 25, 50)

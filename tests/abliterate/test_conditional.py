@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from small_models import tiny_module
 
 from trailmed.abliterate.answers import greedy_answers
-from trailmed.abliterate.conditional import ConditionalSettings, condition_row, conditional, constant_row, elsewhere, folds
+from trailmed.abliterate.conditional import ConditionalSettings, PromptClass, condition_row, conditional, constant_row, elsewhere, folds
 from trailmed.abliterate.edit import Edit
 from trailmed.abliterate.observed import Observed, Role
 from trailmed.abliterate.origin import EditOrigin
@@ -33,10 +33,12 @@ def test_the_rows_are_weighted_ridge_solutions_scaled_to_their_ends(seed: int, r
     generator = np.random.default_rng(seed)
     kinds = [Role.OVER_REFUSED, Role.COMPLIED, Role.HARMFUL_COMPLIED, Role.HARMFUL_REFUSED, Role.KEPT_REFUSED][: 3 + variety]
     roles = kinds + [kinds[index] for index in generator.integers(0, len(kinds), 15)]
+    spared = [role is Role.KEPT_REFUSED or (role is Role.COMPLIED and bool(generator.integers(2))) for role in roles]
+    classes = [PromptClass(*each) for each in zip(roles, spared, strict=True)]
     t = np.array([READINGS[role] for role in roles], dtype=float)
     x = (generator.normal(size=(len(roles), 12)) + 3 * t[:, None] * np.eye(12)[0] + 5).astype(np.float32)
     others = (generator.normal(size=(elsewhere, 12)) + 5 + 2 * np.eye(12)[1]).astype(np.float32)
-    w = np.array([1 / roles.count(role) for role in roles] + elsewhere * [2 / max(1, elsewhere)])
+    w = np.array([1 / classes.count(each) for each in classes] + elsewhere * [2 / max(1, elsewhere)])
     x64, n = np.concatenate([x, others]).astype(float), len(roles)
     variance = (w[:n] * ((x64[:n] - x64[:n].mean(0)) ** 2).sum(1)).mean()
 
@@ -44,26 +46,29 @@ def test_the_rows_are_weighted_ridge_solutions_scaled_to_their_ends(seed: int, r
         targets = np.concatenate([targets, np.zeros(elsewhere)])
         return np.linalg.solve((x64 * w[:, None]).T @ x64 + share * variance * np.eye(12), (x64 * w[:, None]).T @ targets)
 
-    row, constant = solution(t, ridge), solution(np.ones(n), 0.01)
+    row, constant = solution(t, ridge), solution(1.0 - np.array(spared), 0.01)
     row /= (x64[:n] @ row)[t > 0].mean() - (x64[:n] @ row)[t < 0].mean()
-    constant /= (x64[:n] @ constant).mean()
-    found = condition_row(torch.from_numpy(x), torch.from_numpy(others), roles, ridge)
+    constant /= (x64[:n] @ constant)[~np.array(spared)].mean()
+    found = condition_row(torch.from_numpy(x), torch.from_numpy(others), classes, ridge)
     assert found.dtype == torch.float32
     np.testing.assert_allclose(found, row, rtol=1e-3, atol=1e-4 * np.abs(row).max())
     np.testing.assert_allclose(
-        constant_row(torch.from_numpy(x), torch.from_numpy(others), roles), constant, rtol=1e-3, atol=1e-4 * np.abs(constant).max(),
+        constant_row(torch.from_numpy(x), torch.from_numpy(others), classes), constant, rtol=1e-3, atol=1e-4 * np.abs(constant).max(),
     )
 
 
 def test_without_answered_harmful_prompts_over_refused_ones_read_minus_a_half() -> None:
-    roles = [Role.OVER_REFUSED] * 4 + [Role.COMPLIED] * 4
+    classes = [PromptClass(Role.OVER_REFUSED, False)] * 4 + [PromptClass(Role.COMPLIED, False)] * 4
     x = torch.from_numpy(np.random.default_rng(0).normal(size=(8, 20)).astype(np.float32))
-    assert float((x @ condition_row(x, x[:0], roles, 0.1))[:4].mean()) == pytest.approx(-0.5, abs=1e-5)
+    assert float((x @ condition_row(x, x[:0], classes, 0.1))[:4].mean()) == pytest.approx(-0.5, abs=1e-5)
 
 
 def test_prompts_that_look_alike_are_told() -> None:
     with pytest.raises(TrailmedError, match="look alike"):
-        condition_row(torch.ones(6, 5), torch.ones(2, 5), [Role.OVER_REFUSED] * 3 + [Role.HARMFUL_COMPLIED] * 3, 0.1)
+        condition_row(
+            torch.ones(6, 5), torch.ones(2, 5),
+            [PromptClass(role, False) for role in (Role.OVER_REFUSED, Role.HARMFUL_COMPLIED) for _ in range(3)], 0.1,
+        )
 
 
 @given(st.integers(1, 60), st.integers(0, 20))

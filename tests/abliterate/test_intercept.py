@@ -15,7 +15,7 @@ from trailmed.errors import TrailmedError
 NAME = "model.layers.0.mlp.down_proj.weight"
 PROMPTS = [[3, 4, 5], [6, 7, 8, 9, 10], [3, 9], [12, 3, 4, 4]]
 ANSWERED = [([*prompt, 11, 12, 13], 3) for prompt in PROMPTS]
-REFUSAL = [11, 12, 13, 14]
+OPENINGS = [[11, 12, 13], [14, 5]]
 
 
 def nothing_in(module: torch.nn.Module) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
@@ -26,14 +26,14 @@ def nothing_in(module: torch.nn.Module) -> dict[str, tuple[torch.Tensor, torch.T
 @pytest.mark.parametrize("architecture", ["qwen2", "gemma3"])
 def test_the_odds_move_by_the_nats_asked_for(architecture: str) -> None:
     module = tiny_module(architecture)
-    before = refusal_log_odds(module, PROMPTS, REFUSAL)
-    intercept = find_intercept(module, NAME, ANSWERED, PROMPTS, REFUSAL)
-    assert refusal_log_odds(module, PROMPTS, REFUSAL) == before  # no hook is left
+    before = refusal_log_odds(module, PROMPTS, OPENINGS)
+    intercept = find_intercept(module, NAME, ANSWERED, PROMPTS, OPENINGS)
+    assert refusal_log_odds(module, PROMPTS, OPENINGS) == before  # no hook is left
     nats = 0.02  # the gradient's own nats: the odds are no straight line
     with attached(module, intercept.added_to(nothing_in(module), nats)):
-        up = np.subtract(refusal_log_odds(module, PROMPTS, REFUSAL), before).mean()
+        up = np.subtract(refusal_log_odds(module, PROMPTS, OPENINGS), before).mean()
     with attached(module, intercept.added_to(nothing_in(module), -nats)):
-        down = np.subtract(refusal_log_odds(module, PROMPTS, REFUSAL), before).mean()
+        down = np.subtract(refusal_log_odds(module, PROMPTS, OPENINGS), before).mean()
     assert (up - down) / 2 == pytest.approx(nats, rel=0.2)
 
 
@@ -51,7 +51,7 @@ def test_the_row_is_the_ridge_solution_over_what_the_layer_reads_at_the_answers(
     moment = x.T @ x / len(x)
     row = np.linalg.solve(moment + 1e-2 * np.diag(moment).mean() * np.eye(len(moment)), x.mean(0))
     row /= (x @ row).mean()
-    found = find_intercept(module, NAME, ANSWERED, PROMPTS, REFUSAL).row.double().numpy()
+    found = find_intercept(module, NAME, ANSWERED, PROMPTS, OPENINGS).row.double().numpy()
     np.testing.assert_allclose(found, row, rtol=1e-3, atol=1e-3 * np.abs(row).max())
 
 
@@ -70,4 +70,4 @@ def test_odds_that_do_not_depend_on_the_layer_are_refused() -> None:
     with torch.no_grad():
         module.lm_head.weight.zero_()
     with pytest.raises(TrailmedError, match="do not depend on what"):
-        find_intercept(module, NAME, ANSWERED, PROMPTS, REFUSAL)
+        find_intercept(module, NAME, ANSWERED, PROMPTS, OPENINGS)

@@ -12,7 +12,16 @@ from small_models import VOCABULARY, tiny_module
 
 from trailmed.abliterate.observed import Observed, Role
 from trailmed.abliterate.packing import blocks_are_alike
-from trailmed.abliterate.teacher import Lesson, lessons, output_logits, padded_forward, prefix_stream, stock_refusal, word_for_word
+from trailmed.abliterate.teacher import (
+    Lesson,
+    lessons,
+    output_logits,
+    padded_forward,
+    prefix_stream,
+    refusal_openings,
+    stock_refusal,
+    word_for_word,
+)
 from trailmed.abliterate.twin import ablated
 
 OPENING = (7, 300, 41)
@@ -129,6 +138,21 @@ def test_the_stock_refusal_is_the_most_frequent_one() -> None:
     assert stock_refusal([*helpful, *prompts]) == (4, 2)  # as often as (4, 9), and lower
     assert stock_refusal([*helpful, *prompts, observed(90, (4, 9), refused=True)]) == (4, 9)
     assert stock_refusal(helpful) == ()
+
+
+def test_the_openings_of_refusals_cover_them_in_order_of_frequency() -> None:
+    spoken = [(1, 2, 3, 4)] * 150 + [(1, 2, 3, 9)] * 40 + [(7, 8, 3)] * 9 + [(7, 8, 2)] * 9 + [(5, 5, 5)] * 2
+    prompts = [observed(index, answer, refused=True) for index, answer in enumerate(spoken)]
+    helpful = [observed(500 + index, (6, 6), refused=False) for index in range(30)]
+    assert refusal_openings([*helpful, *prompts]) == [(1, 2, 3), (7, 8, 2), (7, 8, 3)]  # 208 of 210 are 99 %
+    many = [observed(index, (index, 1, 2), refused=True) for index in range(10, 20)]
+    assert refusal_openings(many) == [(10, 1, 2), (11, 1, 2), (12, 1, 2), (13, 1, 2)]
+    assert refusal_openings(helpful) == []
+
+
+def test_no_opening_begins_with_another() -> None:
+    spoken = [(4, 2)] * 3 + [(4, 2, 7)] * 2 + [(4, 3, 7)] * 1
+    assert refusal_openings([observed(index, each, refused=True) for index, each in enumerate(spoken)]) == [(4, 2), (4, 3, 7)]
 
 
 @pytest.mark.parametrize("vocabulary", [20, VOCABULARY])
