@@ -150,7 +150,7 @@ def fit_edit(
     torch.manual_seed(settings.seed)
     if settings.method is Method.CONDITIONAL:
         return conditional(
-            model, fit, validation, settings.removed, lambda answer: _is_refusal(model, answer), origin,
+            model, fit, validation, settings.removed, origin,
             ConditionalSettings(nats=ConditionalSettings().nats * settings.alpha), crossed=crossed, progress=progress,
         )
     if settings.method is Method.DISTILL:

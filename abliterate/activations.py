@@ -5,9 +5,11 @@ No logits are ever computed: only the inner transformer runs, and forward hooks 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -17,12 +19,16 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ..errors import TrailmedError
 from ..progress import Advance, no_progress
+from .packing import Packing, blocks_are_alike, pack, run_blocks, shared_prefix
 from .tensor_file import read_tensor, write_tensor
 
 TokenIds = Sequence[Sequence[int]]
 
 _FORMAT = 1
 _KIND = "activations"
+_BLOCK = re.compile(r"\.layers\.(\d+)\.")
+_PACKED_TOKENS = 1024
+"""Of a packed row besides what is shared: its mask grows with the square."""
 
 
 class HasModule(Protocol):
@@ -80,9 +86,9 @@ def capture(
 ) -> Activations:
     """The residual stream of every layer at the last token of each prompt, in the order given; `progress` counts prompts.
 
-    Prompts run in batches of like length, at most `batch_tokens` tokens with padding, padded on the right: attention is causal, so
-    nothing a last token reads comes after it and no mask is needed (sliding-window layers included). The module may be in any dtype
-    and on any device.
+    Where the model's blocks are alike, prompts are packed (see `packing`). Else they run in batches of like length, at most
+    `batch_tokens` tokens with padding, padded on the right: attention is causal, so nothing a last token reads comes after it and no mask
+    is needed (sliding-window layers included). The module may be in any dtype and on any device.
 
     Raises ValueError for no prompts or an empty one, `TrailmedError` when the model's activations are no finite numbers.
     """
@@ -105,10 +111,9 @@ def capture(
         hooks.enter_context(layers[0].register_forward_pre_hook(keep_embeddings))
         for index, layer in enumerate(layers, start=1):
             hooks.enter_context(layer.register_forward_hook(keep(index)))
-        for batch in length_batches([len(ids) for ids in token_ids], batch_tokens):
-            rows = _Rows(batch, ends)
-            run_decoder(decoder, padded(token_ids, batch))
-            progress(len(batch))
+        for rows, run in _passes(model.module, token_ids, ends, batch_tokens, len(layers)):
+            run()
+            progress(len(rows.batch))
     _check_finite(residual)
     return Activations(residual, prompts_sha256)
 
@@ -140,9 +145,8 @@ def inputs_at(
     Rows are in the order given, sequence by sequence. A name may be the module's or that of its weight
     (`model.layers.3.mlp.down_proj.weight`); the result is keyed by the names given. All results are held in memory, on the CPU:
     Σ positions · Σ d_in · 4 bytes. Batches and errors as in `capture`; ValueError also for a position that a sequence does not have and
-    for an unknown name.
+    for an unknown name. Where the model's blocks are alike, sequences are packed (see `packing`) and blocks above the last named left out.
     """
-    decoder = text_decoder(module)
     _check_positions(token_ids, positions)
     modules = {name: _linear(module, name) for name in module_names}
     inputs = {name: torch.empty(sum(map(len, positions)), linear.in_features) for name, linear in modules.items()}
@@ -153,30 +157,55 @@ def inputs_at(
             inputs[name][rows.places] = rows.of(args[0])
         return hook
 
+    last = max((_block_of(name) for name in module_names), default=0)
     with ExitStack() as hooks:
         for name, linear in modules.items():
             hooks.enter_context(linear.register_forward_pre_hook(keep(name)))
-        for batch in length_batches([len(ids) for ids in token_ids], batch_tokens):
-            rows = _Rows(batch, positions)
-            run_decoder(decoder, padded(token_ids, batch))
-            progress(len(batch))
+        for rows, run in _passes(module, token_ids, positions, batch_tokens, last + 1):
+            run()
+            progress(len(rows.batch))
     for values in inputs.values():
         _check_finite(values)
     return inputs
 
 
 class _Rows:
-    """Which rows of a batch are kept, and their places among those of all sequences."""
+    """Which rows of a batch are kept, and their places among those of all sequences. The batch is padded, or packed in one row."""
 
-    def __init__(self, batch: Sequence[int], positions: Sequence[Sequence[int]]) -> None:
+    def __init__(self, batch: Sequence[int], positions: Sequence[Sequence[int]], packing: Packing | None = None) -> None:
+        self.batch = batch
         starts = [0, *accumulate(map(len, positions))]
         self.places = torch.tensor([place for index in batch for place in range(starts[index], starts[index + 1])])
-        self._rows = torch.tensor([row for row, index in enumerate(batch) for _ in positions[index]])
-        self._columns = torch.tensor([column for index in batch for column in positions[index]])
+        self._rows = torch.tensor([0 if packing else row for row, index in enumerate(batch) for _ in positions[index]])
+        self._columns = torch.tensor([
+            column if packing is None or column < packing.prefix else packing.own[row].start + column - packing.prefix
+            for row, index in enumerate(batch) for column in positions[index]
+        ])
 
     def of(self, hidden: torch.Tensor) -> torch.Tensor:
         """float32 [rows, d] on the CPU, a copy, of `hidden` [batch, tokens, d]."""
         return hidden[self._rows.to(hidden.device), self._columns.to(hidden.device)].to("cpu", torch.float32)
+
+
+def _passes(
+    module: Any, token_ids: TokenIds, positions: Sequence[Sequence[int]], batch_tokens: int, blocks: int,
+) -> Iterator[tuple[_Rows, Callable[[], object]]]:
+    """The batches of a forward pass over the first `blocks` blocks (all, where they cannot run one by one): what to keep, and the run."""
+    decoder = text_decoder(module)
+    if not (blocks_are_alike(module) and module.device.type == "cpu"):
+        for batch in length_batches([len(ids) for ids in token_ids], batch_tokens):
+            yield _Rows(batch, positions), partial(run_decoder, decoder, padded(token_ids, batch))
+        return
+    shared = shared_prefix(token_ids)
+    for batch in length_batches([len(ids) - shared for ids in token_ids], min(batch_tokens, _PACKED_TOKENS)):
+        packing = pack(shared, [len(token_ids[index]) - shared for index in batch])
+        tokens = [*token_ids[batch[0]][:shared], *(token for index in batch for token in token_ids[index][shared:])]
+        yield _Rows(batch, positions, packing), partial(_run_packed, module, tokens, packing, blocks)
+
+
+@torch.no_grad()
+def _run_packed(module: Any, tokens: Sequence[int], packing: Packing, blocks: int) -> None:
+    run_blocks(module, module.model.embed_tokens(torch.tensor([tokens])), packing, 0, blocks)
 
 
 def text_decoder(module: Any) -> Any:
@@ -217,6 +246,14 @@ def run_decoder(decoder: Any, ids: torch.Tensor) -> None:
 def _layers(decoder: Any) -> Sequence[Any]:
     layers: Sequence[Any] = decoder.layers[: decoder.config.num_hidden_layers]
     return layers
+
+
+def _block_of(name: str) -> int:
+    """The number of the block that a module of this name belongs to. Raises ValueError when the name says none."""
+    found = _BLOCK.search(name)
+    if not found:
+        raise ValueError(f"{name!r} is in no block")
+    return int(found[1])
 
 
 def _linear(module: Any, name: str) -> torch.nn.Linear:

@@ -18,13 +18,13 @@ from .teacher import output_logits, padded_forward
 _BATCH = 32
 _NEVER_CERTAIN = 1e-6
 _STEP = 1.0
-_FINEST = 0.125
+_FINEST = 0.25
 _FURTHEST = 4.0
 """Nats; a line further away than this is not found by moving it."""
-_CLEARANCE = 0.5
+_CLEARANCE = 1.0
 """Standard errors inside the limits: prompts that the line was not drawn by fall a little worse than those it was."""
-MOST_COUNTS = 8
-"""How often `least_move` counts: five times to reach `_FURTHEST`, three to halve the last step to `_FINEST`."""
+MOST_COUNTS = 7
+"""How often `least_move` counts: five times to reach `_FURTHEST`, twice to halve the last step to `_FINEST`."""
 
 
 @dataclass(frozen=True, slots=True)

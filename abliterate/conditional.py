@@ -1,59 +1,57 @@
-"""The conditional edit: one rank per residual writer reads how harmful a request is and moves the refusal's odds accordingly.
+"""The conditional edit: in each of the middle blocks one neuron reads how harmful a request is and moves the refusal's odds accordingly.
 
-The rows are ridge regressions: at its last token an over-refused prompt reads −1, a benign one that the base answers 0, a harmful one
-that it answers +1, and one that it refuses 0.7, so that a line drawn lower does not cost it its refusal. The columns are the natural
-gradient of the log-odds of a refusal, however the base words it, so that answered prompts change least for the nats it moves (see
-`fisher`). It is conditional activation steering (Lee et al. 2024, arXiv:2409.05907) with the condition linear, and therefore written
-into the weights. Closed form: the least-norm solution does not follow the single prompt as gradient descent on the same rows does. A
-constant row beside it reads 1 at the last token of a prompt that a line between help and refusal is for, and draws that line where the
-answers to prompts it was not fitted to say; at benign prompts of categories that are not removed it reads 0. Both read 0 elsewhere in
-answered prompts and in their answers: the decision is made at one token, and an edit that acts on every token disturbs what has long
-been decided, up to answers that go in circles.
+A neuron of a gated MLP writes W_down[:, j] · act(gate · x) · (up · x). The edit takes over, in each block, the neuron that did least.
+Its gate opens at the last token of a prompt whose refusal can be at stake, and stays shut at everyday requests and at every other token,
+where act is next to zero. Its up row reads, linearly, whether what is asked is an emergency (negative) or does harm (positive), and its
+column raises the log-odds of a refusal. All rows are ridge regressions, solved in closed form: nothing is trained, nothing is random.
+Help or refusal is decided at one token. An edit that acts on every token, as one of the residual writers does, disturbs what has long
+been decided, up to answers that go in circles; the nonlinearity that every block has spares both that and everyday requests.
+
+It is conditional activation steering (Lee et al. 2024, arXiv:2409.05907) written into the weights, as knowledge neurons are (Dai et al.
+2022, arXiv:2104.08696), and of rank 1 in each of the three matrices of a block's MLP.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+from torch.nn import functional
 
 from ..errors import TrailmedError
 from ..progress import Advance, progress_bar
-from .activations import capture_inputs, inputs_at
-from .calibrate import MOST_COUNTS, Counts, least_move
+from .activations import inputs_at
+from .calibrate import MOST_COUNTS, Counts, least_move, separation
 from .edit import Edit, Factor
 from .factors import attached
-from .fisher import first_token_scores, natural_gradient
-from .gated import ridge_gate
-from .intercept import refusal_gradients
 from .observed import Observed, Role, evenly_spread, refusal_at_stake, role_of
+from .opening import OpeningProbe
 from .origin import EditOrigin
-from .project import written_names
 from .teacher import refusal_openings
-from .validation import IsRefusal, Validation, telling
+from .validation import telling
 
 _SAMPLED = 64
 """Prompts the gradient is the mean of."""
-_UNDISTURBED = 96
-"""Answered prompts the Fisher information is the mean of."""
-_CROSSED = 160
+_CROSSED = 128
 """Prompts asked in cross-validation."""
-_ELSEWHERE_PROMPTS = 160
-"""Answered prompts whose other tokens the rows shall not act on."""
 _ELSEWHERE_TOKENS = 4
-"""Of each such prompt's second half and of the beginning of its answer, each."""
-_ANSWER_TOKENS = 8
-_ELSEWHERE_WEIGHT = 2.0
-"""Of all those tokens together; the last tokens of the prompts of one class have 1."""
-_CONSTANT_RIDGE = 0.01
+"""Of the second half of each answered prompt."""
+_ANSWER_TOKENS = 16
+_STEEPNESS = 8.0
+"""How far the gate opens: act(8) is 8 and act(−8) is 0 for every activation function gated MLPs have, within a thousandth of 8."""
+_CONSTANT_RIDGE = 0.003
+_ELSEWHERE_WEIGHT = 0.02
+"""Of the other tokens in the regression of what is read, where the gate has been shut already; each class of prompts weighs 1."""
 _FOLDS = 4
 _READINGS = {
-    Role.OVER_REFUSED: -1.0, Role.HARMFUL_COMPLIED: 1.0, Role.COMPLIED: 0.0, Role.KEPT_REFUSED: 0.0, Role.HARMFUL_REFUSED: 0.7,
+    Role.OVER_REFUSED: -1.0, Role.COMPLIED: -1.0, Role.KEPT_REFUSED: 0.0, Role.HARMFUL_REFUSED: 1.0, Role.HARMFUL_COMPLIED: 1.0,
 }
+_MOST_IDLE = ("silu", "gelu", "gelu_pytorch_tanh", "gelu_new", "swish")
+"""Activation functions that are next to zero well below zero, and the identity well above it."""
 
 
 class PromptClass(NamedTuple):
@@ -63,51 +61,60 @@ class PromptClass(NamedTuple):
     spared: bool
 
 
+class Rows(NamedTuple):
+    """The rows of one block's neuron, float32 [d]: `gate` reads 1 where it shall open and −1 elsewhere, `harm` −1 to 1, `one` always 1."""
+
+    gate: torch.Tensor
+    harm: torch.Tensor
+    one: torch.Tensor
+
+
 @dataclass(frozen=True, slots=True)
 class ConditionalSettings:
     """Where the edit sits and how far it moves the odds. Raises ValueError for a value out of range."""
 
     nats: float = field(
-        default=3.5, metadata={"help": "nats of a refusal's log-odds that over-refused and answered harmful prompts are moved apart"},
+        default=7.0, metadata={"help": "nats by which the log-odds of refusing move up where a request reads as harm, else down"},
     )
-    damping: float = field(
-        default=0.1, metadata={"help": "how much of the plain gradient the columns keep; small spares answered prompts, but changes more"},
-    )
-    ridge: float = field(default=0.1, metadata={"help": "regularization of the rows, relative to the variance of what the layers read"})
+    ridge: float = field(default=0.003, metadata={"help": "regularization of the reading, relative to the variance of what is read"})
+    gate_ridge: float = field(default=0.01, metadata={"help": "regularization of the gates, relative likewise"})
     first_layer: float = field(default=0.5, metadata={"help": "share of the blocks below the edited ones"})
-    last_layer: float = field(default=0.7, metadata={"help": "share of the blocks below the end of the edited ones"})
-    validation_tokens: int = field(default=12, metadata={"help": "tokens of each validation answer"})
+    last_layer: float = field(default=0.75, metadata={"help": "share of the blocks below the end of the edited ones"})
     least_fall: float = field(
-        default=0.8, metadata={"help": "share of the base's benign refusals that shall be gone where the line is drawn (validation)"},
+        default=0.8, metadata={"help": "share of the base's benign refusals that shall be gone where the line is drawn (cross-validation)"},
     )
 
     def __post_init__(self) -> None:
-        for name in ("nats", "damping", "ridge"):
+        for name in ("nats", "ridge", "gate_ridge"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be a positive number")
         if not 0 <= self.first_layer < self.last_layer <= 1:
             raise ValueError("first_layer and last_layer must be shares of the blocks, the first below the last")
-        if self.validation_tokens < 1 or not 0 <= self.least_fall <= 1:
-            raise ValueError("validation_tokens must be at least 1, and least_fall a share between 0 and 1")
+        if not 0 <= self.least_fall <= 1:
+            raise ValueError("least_fall must be a share between 0 and 1")
 
 
 def conditional(
-    model: Any, prompts: Sequence[Observed], validation: Sequence[Observed], removed: Collection[str], is_refusal: IsRefusal,
-    origin: EditOrigin, settings: ConditionalSettings = ConditionalSettings(), *, crossed: Sequence[Observed] = (), progress: bool = True,
+    model: Any, prompts: Sequence[Observed], validation: Sequence[Observed], removed: Collection[str], origin: EditOrigin,
+    settings: ConditionalSettings = ConditionalSettings(), *, crossed: Sequence[Observed] = (), progress: bool = True,
 ) -> Edit:
-    """Fit the rows to `prompts`, draw the line by `validation`, and return W' = W + x (c·a + t·u)ᵀ for the writers of the middle blocks.
+    """Fit a neuron in each of the middle blocks to `prompts`, draw the line by `validation`, and return the edit.
 
-    a [d_in] is the regression, u [d_in] the constant row (`condition_row`, `constant_row`), x [d_out] the natural gradient of the
-    log-odds of a refusal (`refusal_openings`), all tensors together moving them by a nat; the factors are float32 of rank 1. t is the least
-    move of the line that holds the limits (`least_move`). Besides `validation` an even sample of `crossed` (a part of `prompts`) draws
-    the line, each prompt answered under rows fitted without its fold's scenarios: validation alone is too small to place the line by.
+    With x what the block's MLP reads [d], neuron j becomes x ↦ c · act(8 gate·x) (nats·harm·x + t·one·x) / 8, c [d] the gradient of the
+    log-odds of a refusal (`refusal_openings`), all blocks together moving them by a nat. The rows are `Rows`; benign prompts of
+    categories not in `removed` read −1 at the gate, as every other token does. t, in nats, draws the line between help and refusal: it is
+    the least move that holds the limits (`least_move`), counted by how answers open. Besides `validation` an even sample of `crossed` (a
+    part of `prompts`) draws the line, each prompt asked under rows fitted without its fold's scenarios.
     `model` is a `LoadedModel`; its module is left as it was. Nothing is random. Raises `TrailmedError` when the base over-refuses nothing
-    in the removed categories, or its odds of refusing do not depend on these tensors.
+    in the removed categories, its odds of refusing do not depend on these blocks, or their MLPs are not gated by a SiLU or GELU.
     """
     module = model.module
     roles = [role_of(prompt, removed) for prompt in prompts]
     if Role.OVER_REFUSED not in roles:
         raise TrailmedError("the base refuses none of the fit prompts of the categories to remove; there is nothing to edit")
+    activation = getattr(module.config.get_text_config(), "hidden_act", None) or module.config.get_text_config().hidden_activation
+    if activation not in _MOST_IDLE:
+        raise TrailmedError(f"the model's MLPs use {str(activation)[:40]!r}; conditional needs a SiLU or GELU gate, use another method")
     classes = [
         PromptClass(role, not prompt.should_refuse and prompt.category not in removed) for prompt, role in zip(prompts, roles, strict=True)
     ]
@@ -115,67 +122,104 @@ def conditional(
     blocks = len(module.model.layers)
     first = min(round(settings.first_layer * blocks), blocks - 1)
     edited = range(first, max(first + 1, round(settings.last_layer * blocks)))
-    names = [name for block in edited for name in written_names(model.architecture, block)]
-    answered = [prompt for prompt, role in zip(prompts, roles, strict=True) if role is Role.COMPLIED]
-    with progress_bar("inputs of the writers", len(prompts) + min(len(answered), _ELSEWHERE_PROMPTS), enabled=progress) as advance:
-        inputs = {
-            name: each.reshape(len(prompts), -1)
-            for name, each in capture_inputs(model, [prompt.token_ids for prompt in prompts], names, progress=advance).items()
-        }
-        owners, others = _elsewhere(module, evenly_spread(answered, _ELSEWHERE_PROMPTS), names, advance)
-    constants = {name: constant_row(x, others[name], classes) for name, x in inputs.items()}
-    sampled = [prompt.token_ids for prompt in evenly_spread(refusal_at_stake(prompts, removed), _SAMPLED)]
-    undisturbed = [prompt.token_ids for prompt in evenly_spread(answered, _UNDISTURBED)]
-    try:
-        columns = natural_gradient(
-            refusal_gradients(module, constants, sampled, openings), first_token_scores(module, constants, undisturbed), len(undisturbed),
-            settings.damping,
-        )
-    except ValueError as error:
-        raise TrailmedError("the odds of a refusal do not depend on the tensors to edit; use another method than conditional") from error
+    mlps = {block: model.architecture.mlp(block) for block in edited}
+    with progress_bar("inputs of the MLPs", len(prompts), enabled=progress) as advance:
+        inputs, owners, others = _inputs(module, prompts, roles, [mlps[block][0] for block in edited], advance)
+    columns = _columns(module, [mlps[block][2] for block in edited], [
+        prompt.token_ids for prompt in evenly_spread(refusal_at_stake(prompts, removed), _SAMPLED)
+    ], openings, first)
 
-    def rows_without(left_out: Collection[str]) -> dict[str, torch.Tensor]:
+    def rows_without(left_out: Collection[str]) -> dict[int, Rows]:
         kept = [index for index, prompt in enumerate(prompts) if prompt.id not in left_out]
         kept_others = [index for index, owner in enumerate(owners) if owner not in left_out]
         kept_classes = [classes[index] for index in kept]
         return {
-            name: condition_row(x[kept], others[name][kept_others], kept_classes, settings.ridge) for name, x in inputs.items()
+            block: fitted_rows(inputs[mlps[block][0]][kept], others[mlps[block][0]][kept_others], kept_classes, settings)
+            for block in edited
         }
 
-    def factors(rows: dict[str, torch.Tensor], line: float) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        return {name: (columns[name][:, None], (settings.nats * rows[name] + line * constants[name])[None]) for name in names}
+    def factors(rows: Mapping[int, Rows], line: float) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        found: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        for block, each in rows.items():
+            reading = (settings.nats * each.harm + line * each.one) / _STEEPNESS
+            found |= neuron(module, mlps[block], _STEEPNESS * each.gate, reading, columns[mlps[block][2]])
+        return found
 
-    rows, watched = rows_without(()), Validation(telling(validation, removed), openings)
-    asked = evenly_spread(telling(crossed, removed), _CROSSED)
-    views = [(rows, watched)] + [
-        (rows_without(fold), Validation(held, openings))
-        for fold in folds(prompts) if (held := [prompt for prompt in asked if prompt.id in fold])
-    ]
-    base = sum((view.observed_counts() for _, view in views), start=Counts(0, 0, 0, 0))
-    apart = watched.separation(module)
+    def view(rows: Mapping[int, Rows], asked: Sequence[Observed]) -> _View:
+        return _View(rows, asked, OpeningProbe(module, [prompt.token_ids for prompt in asked], openings, first))
 
-    with progress_bar("the line (answers, at most)", MOST_COUNTS * (base.benign + base.harmful), enabled=progress) as advance:
+    asked, held_back = evenly_spread(telling(crossed, removed), _CROSSED), telling(validation, removed)
+    with progress_bar("the line (prompts asked, at most)", MOST_COUNTS * (len(asked) + len(held_back)), enabled=progress) as advance:
+        watched = view(rows_without(()), held_back)
+        views = [watched] + [
+            view(rows_without(fold), held) for fold in folds(prompts) if (held := [prompt for prompt in asked if prompt.id in fold])
+        ]
+        unedited = [each.probe.margins() for each in views]
+        base = sum((each.counts(found) for each, found in zip(views, unedited, strict=True)), start=Counts(0, 0, 0, 0))
+        seen: dict[float, list[list[float]]] = {}
 
         def count(line: float) -> Counts:
-            found = Counts(0, 0, 0, 0)
-            for fitted, view in views:
-                with attached(module, factors(fitted, line)):
-                    found += view.counts(module, model.tokenizer.eos_ids, is_refusal, settings.validation_tokens)
-                advance(len(view.prompts))
-            return found
+            seen[line] = []
+            for each in views:
+                with attached(module, factors(each.rows, line)):
+                    seen[line].append(each.probe.margins())
+                advance(len(each.prompts))
+            return sum((each.counts(found) for each, found in zip(views, seen[line], strict=True)), start=Counts(0, 0, 0, 0))
 
         line, tried = least_move(count, base, settings.least_fall)
-    with attached(module, factors(rows, line)):
-        moved_apart = watched.separation(module)
+        apart = {"base": watched.separation(unedited[0]), "edited": watched.separation(seen[line][0])}
     return origin.edit(
-        {name: Factor(b.float().numpy(), a.float().numpy()) for name, (b, a) in factors(rows, line).items()},
+        {name: Factor(b.float().numpy(), a.float().numpy()) for name, (b, a) in factors(watched.rows, line).items()},
         {
-            "method": "conditional", **asdict(settings), "layers": list(edited), "base": asdict(base),
-            "separation": {"base": apart, "edited": moved_apart},
+            "method": "conditional", **asdict(settings), "layers": list(edited), "openings": [list(opening) for opening in openings],
+            "base": asdict(base), "separation": apart,
             "line": {"nats": line, "tried": [{"nats": each, **asdict(counts)} for each, counts in tried]},
             "roles": {str(role): roles.count(role) for role in Role}, "dtype": str(module.dtype).removeprefix("torch."),
         },
     )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _View:
+    """Prompts asked under the rows that were fitted without them."""
+
+    rows: Mapping[int, Rows]
+    prompts: Sequence[Observed]
+    probe: OpeningProbe
+
+    def counts(self, margins: Sequence[float]) -> Counts:
+        benign, harmful = self._by_kind(margins)
+        return Counts(sum(each > 0 for each in benign), len(benign), sum(each > 0 for each in harmful), len(harmful))
+
+    def separation(self, margins: Sequence[float]) -> float:
+        return separation(*self._by_kind(margins))
+
+    def _by_kind(self, margins: Sequence[float]) -> tuple[list[float], list[float]]:
+        benign, harmful = (
+            [margin for prompt, margin in zip(self.prompts, margins, strict=True) if prompt.should_refuse is kind] for kind in (False, True)
+        )
+        return benign, harmful
+
+
+def neuron(
+    module: Any, names: tuple[str, str, str], gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor,
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Factors (B, A) by tensor name, of rank 1, that make the MLP's idlest neuron x ↦ down · act(gate·x) (up·x); all float32 [d].
+
+    `names` are those of W_gate and W_up [d_ff, d] and of W_down [d, d_ff]. The idlest neuron is the one with the smallest product of the
+    lengths of its two rows and its column (ties: the first). The column takes the median length of the others', for a quantizer that
+    scales blocks of a row together would round a much shorter one away; the up row is scaled the other way.
+    """
+    weights = [module.get_parameter(name).detach().float() for name in names]
+    lengths = weights[2].norm(dim=0)
+    index = int((weights[0].norm(dim=1) * weights[1].norm(dim=1) * lengths).argmin())
+    scale = float(lengths.median() / down.norm())
+    chosen = functional.one_hot(torch.tensor(index), len(lengths)).float()
+    return {
+        names[0]: (chosen[:, None], (gate - weights[0][index])[None]),
+        names[1]: (chosen[:, None], (up / scale - weights[1][index])[None]),
+        names[2]: ((scale * down - weights[2][:, index])[:, None], chosen[None]),
+    }
 
 
 def folds(prompts: Sequence[Observed]) -> list[set[str]]:
@@ -190,69 +234,76 @@ def folds(prompts: Sequence[Observed]) -> list[set[str]]:
 def elsewhere(prompt: Observed) -> tuple[list[int], list[int]]:
     """The prompt with the beginning of its answer (token ids), and tokens of it (indices) at which nothing is decided any more or yet.
 
-    They are evenly spread over the second half of the prompt, without its last token, and over the answer's beginning.
+    They are evenly spread over the second half of the prompt, without its last token, and all of the answer's beginning.
     """
     end = len(prompt.token_ids) - 1
     sequence = [*prompt.token_ids, *prompt.answer[:_ANSWER_TOKENS]]
-    within = evenly_spread(range(max(1, end // 2), end), _ELSEWHERE_TOKENS)
-    return sequence, within + evenly_spread(range(end + 1, len(sequence)), _ELSEWHERE_TOKENS)
+    return sequence, [*evenly_spread(range(max(1, end // 2), end), _ELSEWHERE_TOKENS), *range(end + 1, len(sequence))]
 
 
-def _elsewhere(
-    module: Any, prompts: Sequence[Observed], names: Sequence[str], progress: Advance,
-) -> tuple[list[str], dict[str, torch.Tensor]]:
-    """What the layers `names` read `elsewhere` in `prompts`: the prompt's id of every row, and the rows [m, d_in] by name."""
-    taken = [(prompt.id, *elsewhere(prompt)) for prompt in prompts]
-    owners = [owner for owner, _, positions in taken for _ in positions]
-    if not owners:
-        return [], {name: torch.zeros(0, module.get_parameter(name).shape[1]) for name in names}
-    sequences, positions = [sequence for _, sequence, _ in taken], [positions for _, _, positions in taken]
-    return owners, inputs_at(module, sequences, positions, names, progress=progress)
+def _inputs(
+    module: Any, prompts: Sequence[Observed], roles: Sequence[Role], names: Sequence[str], progress: Advance,
+) -> tuple[dict[str, torch.Tensor], list[str], dict[str, torch.Tensor]]:
+    """What the layers `names` read: at every prompt's last token [n, d]; and `elsewhere` in answered prompts [m, d].
 
-
-def condition_row(inputs: torch.Tensor, others: torch.Tensor, classes: Sequence[PromptClass], ridge: float) -> torch.Tensor:
-    """The row a, float32 [d_in], that reads `_READINGS` at the last tokens of prompts of these classes and 0 at other tokens.
-
-    `inputs` is float32 [n, d_in] at the last tokens, `others` [m, d_in] elsewhere (m may be 0). Every class present weighs the same,
-    however many prompts it has, and the other tokens twice as much; `ridge` is relative to the weighted variance of `inputs`. What
-    ridge regression shrinks is given back: the mean reading of the harmful prompts less that of the over-refused ones is 1 afterwards
-    (without harmful prompts: that of the over-refused is −1/2). Raises `TrailmedError` when the row cannot tell them apart.
+    In the middle, whose prompt each row of the latter is.
     """
-    targets = torch.tensor([_READINGS[each.role] for each in classes], dtype=torch.float64)
-    row = _ridge_row(inputs, others, classes, targets, ridge)
-    read = inputs.double() @ row
-    low = float(read[targets < 0].mean())
-    gap = float(read[targets > 0].mean()) - low if (targets > 0).any() else -2 * low
-    if not gap > 0:
-        raise TrailmedError("over-refused and harmful prompts look alike to the layers; use more prompts, or another method")
-    return (row / gap).float()
+    sequences, positions = [], []
+    for prompt, role in zip(prompts, roles, strict=True):
+        sequence, others = elsewhere(prompt) if role is Role.COMPLIED else (list(prompt.token_ids), [])
+        sequences.append(sequence)
+        positions.append([len(prompt.token_ids) - 1, *others])
+    read = inputs_at(module, sequences, positions, names, progress=progress)
+    last = torch.tensor([place == 0 for each in positions for place in range(len(each))])
+    owners = [prompt.id for prompt, each in zip(prompts, positions, strict=True) for _ in each[1:]]
+    return {name: rows[last] for name, rows in read.items()}, owners, {name: rows[~last] for name, rows in read.items()}
 
 
-def constant_row(inputs: torch.Tensor, others: torch.Tensor, classes: Sequence[PromptClass]) -> torch.Tensor:
-    """The row u, float32 [d_in], that reads 1 (on average exactly) at the last tokens of prompts that are not spared, 0 at those that are.
+def _columns(
+    module: Any, names: Sequence[str], sampled: Sequence[Sequence[int]], openings: Sequence[Sequence[int]], first: int,
+) -> dict[str, torch.Tensor]:
+    """The gradient of a refusal's log-odds by tensor name, scaled so that all of it together moves them by a nat: float32 [d]."""
+    gradients = OpeningProbe(module, sampled, openings, first).odds_gradients(names)
+    square = sum(float(each.double().square().sum()) for each in gradients.values())
+    if not 0 < square < math.inf or any(not each.any() for each in gradients.values()):
+        raise TrailmedError("the odds of a refusal do not depend on the tensors to edit; use another method than conditional")
+    return {name: each / square for name, each in gradients.items()}
 
-    At other tokens it reads 0 too. Arguments and weights as in `condition_row`. Raises `TrailmedError` when the layer reads nothing at
-    the last tokens.
+
+def fitted_rows(
+    inputs: torch.Tensor, others: torch.Tensor, classes: Sequence[PromptClass], settings: ConditionalSettings,
+) -> Rows:
+    """The rows of a neuron from what its block reads at the prompts' last tokens, float32 [n, d], and elsewhere [m, d] (m may be 0).
+
+    Ridge regressions in which every class weighs the same, however many prompts it has. The gate's targets are 1, but −1 for spared
+    prompts and elsewhere; those of harm are `_READINGS`, 0 for the spared; one's are 1, and 0 elsewhere.
     """
-    targets = torch.tensor([float(not each.spared) for each in classes], dtype=torch.float64)
-    row = _ridge_row(inputs, others, classes, targets, _CONSTANT_RIDGE)
-    mean = float((inputs.double() @ row)[targets > 0].mean())
-    if not mean > 0:
-        raise TrailmedError("the layers read nothing at the last tokens; use another method than conditional")
-    return (row / mean).float()
+    spared = torch.tensor([each.spared for each in classes])
+    harm = torch.tensor([0.0 if each.spared else _READINGS[each.role] for each in classes])
+    return Rows(
+        ridge_row(inputs, others, classes, 1.0 - 2.0 * spared, -1.0, 1.0, settings.gate_ridge),
+        ridge_row(inputs, others, classes, harm, 0.0, _ELSEWHERE_WEIGHT, settings.ridge),
+        ridge_row(inputs, others, classes, torch.ones(len(classes)), 0.0, 1.0, _CONSTANT_RIDGE),
+    )
 
 
-def _ridge_row(
-    inputs: torch.Tensor, others: torch.Tensor, classes: Sequence[PromptClass], targets: torch.Tensor, ridge: float,
+def ridge_row(
+    inputs: torch.Tensor, others: torch.Tensor, classes: Sequence[PromptClass], targets: torch.Tensor, elsewhere: float, weight: float,
+    ridge: float,
 ) -> torch.Tensor:
-    """float64 [d_in] that reads `targets` [n] from `inputs` and 0 from `others`, weighted and regularized as in `condition_row`."""
+    """The row a, float32 [d], with a·x near `targets` [n] for x of `inputs` [n, d] and near `elsewhere` for x of `others` [m, d].
+
+    Minimizes Σ w (a·x − target)² + ridge · v · |a|²: the weights w of each class's prompts sum to 1, those of the others to `weight`, and v
+    is the mean square distance of `inputs` from their mean.
+    """
     counts = Counter(classes)
-    weights = torch.tensor([1 / counts[each] for each in classes], dtype=torch.float64)
-    ends, rest = inputs.double(), others.double()
-    variance = float(((ends - ends.mean(0)).square().sum(1) * weights).mean())
-    if not variance > 0:
-        return torch.zeros(inputs.shape[1], dtype=torch.float64)
-    x = torch.cat([ends, rest])
-    weights = torch.cat([weights, torch.full((len(rest),), _ELSEWHERE_WEIGHT / max(1, len(rest)), dtype=torch.float64)])
-    squares = float((x.square().sum(1) * weights).mean())
-    return ridge_gate(x, torch.cat([targets, torch.zeros(len(rest))])[:, None], weights, ridge * variance / squares)[0]
+    weights = torch.cat([
+        torch.tensor([1 / counts[each] for each in classes], dtype=torch.float64),
+        torch.full((len(others),), weight / max(1, len(others)), dtype=torch.float64),
+    ])
+    x = torch.cat([inputs, others]).double()
+    wanted = torch.cat([targets.double(), torch.full((len(others),), elsewhere, dtype=torch.float64)])
+    moment = (x * weights[:, None]).mT @ x
+    moment.diagonal().add_(ridge * float((inputs.double() - inputs.double().mean(0)).square().sum(1).mean()) or 1.0)
+    row: torch.Tensor = torch.linalg.solve(moment, x.mT @ (weights * wanted))
+    return row.float()

@@ -33,17 +33,26 @@ def shared_prefix(sequences: Sequence[Sequence[int]]) -> int:
     return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, zip(*(each[:longest] for each in sequences), strict=True)))
 
 
-def pack(prefix: int, own_lengths: Sequence[int]) -> Packing:
-    """The packing of sequences with `own_lengths` tokens behind a shared prefix of `prefix` tokens (perhaps none)."""
-    owner = torch.cat([torch.full((length,), index) for index, length in enumerate([prefix, *own_lengths])])
-    positions = torch.cat([torch.arange(prefix), *(torch.arange(prefix, prefix + length) for length in own_lengths)])
-    order = torch.arange(len(owner))
-    visible = (owner[None] == owner[:, None]) | (owner[None] == 0)
+def pack(prefix: int, own_lengths: Sequence[int], branches: Sequence[int] = ()) -> Packing:
+    """The packing of sequences with `own_lengths` tokens behind a shared prefix of `prefix` tokens (perhaps none).
+
+    Behind each sequence come `branches` of so many tokens, ways in which it may go on: each sees the sequence and itself, and not the
+    others. They belong to the sequence's slice.
+    """
+    parts = [(0, 0, 0, prefix)]  # owner, branch (0: none), first position, length
+    for owner, length in enumerate(own_lengths, start=1):
+        parts.append((owner, 0, prefix, length))
+        parts += [(owner, branch, prefix + length, count) for branch, count in enumerate(branches, start=1)]
+    owners, branch = (torch.cat([torch.full((part[3],), part[column]) for part in parts]) for column in (0, 1))
+    positions = torch.cat([torch.arange(first, first + length) for _, _, first, length in parts])
+    order = torch.arange(len(owners))
+    followed = (branch[None] == 0) | (branch[None] == branch[:, None])
+    visible = (owners[None] == 0) | ((owners[None] == owners[:, None]) & followed)
     mask = visible & (order[None] <= order[:, None])
     own, start = [], prefix
     for length in own_lengths:
-        own.append(slice(start, start + length))
-        start += length
+        own.append(slice(start, start + length + sum(branches)))
+        start += length + sum(branches)
     return Packing(prefix, tuple(own), positions[None], mask[None, None])
 
 

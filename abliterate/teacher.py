@@ -21,7 +21,7 @@ from .packing import blocks_are_alike, pack, run_blocks
 
 TOP = 64
 _BATCH = 24
-_OPENING_TOKENS = 3
+_OPENING_TOKENS = 5
 _MOST_OPENINGS = 4
 _COVERED = 0.99
 """Share of the base's refusals."""

@@ -83,6 +83,13 @@ class Architecture:
         """Hugging Face names of the two matrices [hidden, d_in] of block `layer` whose outputs are added to the residual stream."""
         return f"model.layers.{layer}.self_attn.o_proj.weight", f"model.layers.{layer}.mlp.down_proj.weight"
 
+    def mlp(self, layer: int) -> tuple[str, str, str]:
+        """Hugging Face names of the matrices of block `layer`'s gated MLP, W_down (act(W_gate x) · W_up x): gate, up and down."""
+        return (
+            f"model.layers.{layer}.mlp.gate_proj.weight", f"model.layers.{layer}.mlp.up_proj.weight",
+            f"model.layers.{layer}.mlp.down_proj.weight",
+        )
+
     def to_hf_values(self, gguf_name: str, values: npt.NDArray[np.float32], heads: Heads) -> npt.NDArray[np.float32]:
         """The values that transformers expects, from those GGUF stores; float32, same shape, maybe the same array changed in place."""
         layout = self.layouts.get(gguf_name.split(".")[-2], Layout.SAME)

@@ -1,4 +1,4 @@
-"""The conditional edit: its rows against the primal normal equations in float64, and what it does to a model that really over-refuses."""
+"""The conditional edit: its rows against the normal equations in float64, and what it does to a model that really over-refuses."""
 
 from __future__ import annotations
 
@@ -17,68 +17,77 @@ from hypothesis import strategies as st
 from small_models import tiny_module
 
 from trailmed.abliterate.answers import greedy_answers
-from trailmed.abliterate.conditional import ConditionalSettings, PromptClass, condition_row, conditional, constant_row, elsewhere, folds
+from trailmed.abliterate.conditional import ConditionalSettings, PromptClass, conditional, elsewhere, fitted_rows, folds, neuron
 from trailmed.abliterate.edit import Edit
 from trailmed.abliterate.observed import Observed, Role
 from trailmed.abliterate.origin import EditOrigin
 from trailmed.errors import TrailmedError
 from trailmed.models.architecture import ARCHITECTURES
 
-READINGS = {Role.OVER_REFUSED: -1, Role.HARMFUL_COMPLIED: 1, Role.COMPLIED: 0, Role.KEPT_REFUSED: 0, Role.HARMFUL_REFUSED: 0.7}
+READINGS = {Role.OVER_REFUSED: -1, Role.COMPLIED: -1, Role.KEPT_REFUSED: 0, Role.HARMFUL_COMPLIED: 1, Role.HARMFUL_REFUSED: 1}
 
 
 @given(st.integers(0, 2**32 - 1), st.floats(1e-3, 1), st.integers(0, 2), st.integers(0, 6))
 @settings(max_examples=40, deadline=None)
-def test_the_rows_are_weighted_ridge_solutions_scaled_to_their_ends(seed: int, ridge: float, variety: int, elsewhere: int) -> None:
+def test_the_rows_are_weighted_ridge_solutions(seed: int, ridge: float, variety: int, elsewhere: int) -> None:
     generator = np.random.default_rng(seed)
     kinds = [Role.OVER_REFUSED, Role.COMPLIED, Role.HARMFUL_COMPLIED, Role.HARMFUL_REFUSED, Role.KEPT_REFUSED][: 3 + variety]
     roles = kinds + [kinds[index] for index in generator.integers(0, len(kinds), 15)]
     spared = [role is Role.KEPT_REFUSED or (role is Role.COMPLIED and bool(generator.integers(2))) for role in roles]
     classes = [PromptClass(*each) for each in zip(roles, spared, strict=True)]
-    t = np.array([READINGS[role] for role in roles], dtype=float)
-    x = (generator.normal(size=(len(roles), 12)) + 3 * t[:, None] * np.eye(12)[0] + 5).astype(np.float32)
+    x = (generator.normal(size=(len(roles), 12)) + 5).astype(np.float32)
     others = (generator.normal(size=(elsewhere, 12)) + 5 + 2 * np.eye(12)[1]).astype(np.float32)
-    w = np.array([1 / classes.count(each) for each in classes] + elsewhere * [2 / max(1, elsewhere)])
-    x64, n = np.concatenate([x, others]).astype(float), len(roles)
-    variance = (w[:n] * ((x64[:n] - x64[:n].mean(0)) ** 2).sum(1)).mean()
+    x64 = np.concatenate([x, others]).astype(float)
+    variance = ((x.astype(float) - x.astype(float).mean(0)) ** 2).sum(1).mean()
 
-    def solution(targets: np.ndarray, share: float) -> np.ndarray:
-        targets = np.concatenate([targets, np.zeros(elsewhere)])
-        return np.linalg.solve((x64 * w[:, None]).T @ x64 + share * variance * np.eye(12), (x64 * w[:, None]).T @ targets)
+    def solution(targets: list[float], at_others: float, weight: float, share: float) -> np.ndarray:
+        w = np.array([1 / classes.count(each) for each in classes] + elsewhere * [weight / max(1, elsewhere)])
+        t = np.array([*targets, *elsewhere * [at_others]])
+        return np.linalg.solve((x64 * w[:, None]).T @ x64 + share * variance * np.eye(12), (x64 * w[:, None]).T @ t)
 
-    row, constant = solution(t, ridge), solution(1.0 - np.array(spared), 0.01)
-    row /= (x64[:n] @ row)[t > 0].mean() - (x64[:n] @ row)[t < 0].mean()
-    constant /= (x64[:n] @ constant)[~np.array(spared)].mean()
-    found = condition_row(torch.from_numpy(x), torch.from_numpy(others), classes, ridge)
-    assert found.dtype == torch.float32
-    np.testing.assert_allclose(found, row, rtol=1e-3, atol=1e-4 * np.abs(row).max())
-    np.testing.assert_allclose(
-        constant_row(torch.from_numpy(x), torch.from_numpy(others), classes), constant, rtol=1e-3, atol=1e-4 * np.abs(constant).max(),
-    )
-
-
-def test_without_answered_harmful_prompts_over_refused_ones_read_minus_a_half() -> None:
-    classes = [PromptClass(Role.OVER_REFUSED, False)] * 4 + [PromptClass(Role.COMPLIED, False)] * 4
-    x = torch.from_numpy(np.random.default_rng(0).normal(size=(8, 20)).astype(np.float32))
-    assert float((x @ condition_row(x, x[:0], classes, 0.1))[:4].mean()) == pytest.approx(-0.5, abs=1e-5)
+    found = fitted_rows(torch.from_numpy(x), torch.from_numpy(others), classes, ConditionalSettings(ridge=ridge, gate_ridge=2 * ridge))
+    expected = {
+        "gate": solution([-1.0 if each else 1.0 for each in spared], -1.0, 1.0, 2 * ridge),
+        "harm": solution([0.0 if each.spared else READINGS[each.role] for each in classes], 0.0, 0.02, ridge),
+        "one": solution([1.0] * len(classes), 0.0, 1.0, 0.003),
+    }
+    for name, row in expected.items():
+        assert getattr(found, name).dtype == torch.float32
+        np.testing.assert_allclose(getattr(found, name), row, rtol=1e-3, atol=1e-4 * np.abs(row).max())
 
 
-def test_prompts_that_look_alike_are_told() -> None:
-    with pytest.raises(TrailmedError, match="look alike"):
-        condition_row(
-            torch.ones(6, 5), torch.ones(2, 5),
-            [PromptClass(role, False) for role in (Role.OVER_REFUSED, Role.HARMFUL_COMPLIED) for _ in range(3)], 0.1,
-        )
+@pytest.mark.parametrize("architecture", ["qwen2", "llama", "gemma3"])
+def test_the_idlest_neuron_becomes_the_one_that_was_asked_for(architecture: str) -> None:
+    module = tiny_module(architecture)
+    names = ARCHITECTURES[architecture].mlp(1)
+    width = module.config.hidden_size
+    gate, up, down = torch.randn(3, width, generator=torch.Generator().manual_seed(1))
+    weights = [module.get_parameter(name).double().numpy() for name in names]
+    idlest = int(np.argmin([
+        np.linalg.norm(weights[0][j]) * np.linalg.norm(weights[1][j]) * np.linalg.norm(weights[2][:, j]) for j in range(len(weights[0]))
+    ]))
+    edited = [weight.copy() for weight in weights]
+    for weight, name in zip(edited, names, strict=True):
+        b, a = neuron(module, names, gate, up, down)[name]
+        assert b.shape[1] == a.shape[0] == 1
+        weight += b.double().numpy() @ a.double().numpy()
+    for before, after in zip(weights[:2], edited[:2], strict=True):
+        np.testing.assert_allclose(np.delete(after, idlest, 0), np.delete(before, idlest, 0))
+    np.testing.assert_allclose(np.delete(edited[2], idlest, 1), np.delete(weights[2], idlest, 1))
+    np.testing.assert_allclose(edited[0][idlest], gate, rtol=1e-4, atol=1e-5)
+    lengths = np.linalg.norm(weights[2], axis=0)
+    np.testing.assert_allclose(np.linalg.norm(edited[2][:, idlest]), np.median(lengths), rtol=0.05)
+    np.testing.assert_allclose(np.outer(edited[2][:, idlest], edited[1][idlest]), np.outer(down, up), rtol=1e-3, atol=1e-4)
 
 
 @given(st.integers(1, 60), st.integers(0, 20))
 def test_tokens_elsewhere_are_neither_the_first_nor_the_last_of_the_prompt(asked: int, answered: int) -> None:
     tokens, answer = tuple(range(asked)), tuple(range(100, 100 + answered))
     sequence, positions = elsewhere(Observed("1", "water", False, tokens, answer, False))
-    assert sequence == [*tokens, *answer[:8]]
+    assert sequence == [*tokens, *answer[:16]]
     assert positions == sorted(set(positions))
     assert not {0, asked - 1} & {position for position in positions if position < asked}
-    assert sum(position >= asked for position in positions) == min(answered, 4)
+    assert sum(position >= asked for position in positions) == min(answered, 16)
     assert sum(position < asked for position in positions) == min(4, max(0, asked - 1 - max(1, (asked - 1) // 2)))
     assert all(position < len(sequence) for position in positions)
 
@@ -86,8 +95,8 @@ def test_tokens_elsewhere_are_neither_the_first_nor_the_last_of_the_prompt(asked
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("nats", 0.0), ("nats", float("inf")), ("damping", 0.0), ("ridge", -1.0), ("first_layer", 0.8), ("last_layer", 1.1),
-        ("validation_tokens", 0), ("least_fall", 2.0),
+        ("nats", 0.0), ("nats", float("inf")), ("gate_ridge", 0.0), ("ridge", -1.0), ("first_layer", 0.8), ("last_layer", 1.1),
+        ("least_fall", 2.0),
     ],
 )
 def test_settings_out_of_range(name: str, value: float) -> None:
@@ -157,8 +166,8 @@ def made(removed: str = "water", crossed: int = 0) -> Edit:
     module, prompts = over_refusing_module(), observe(90, 1)
     model = SimpleNamespace(module=module, architecture=ARCHITECTURES["qwen2"], tokenizer=SimpleNamespace(eos_ids=frozenset({STOP})))
     return conditional(
-        model, prompts, observe(60, 2), (removed,), is_refusal, EditOrigin("a" * 64, "b" * 64, removed=(removed,)),
-        ConditionalSettings(nats=12.0, damping=100.0, validation_tokens=3), crossed=prompts[:crossed], progress=False,
+        model, prompts, observe(60, 2), (removed,), EditOrigin("a" * 64, "b" * 64, removed=(removed,)),
+        ConditionalSettings(nats=40.0), crossed=prompts[:crossed], progress=False,
     )
 
 

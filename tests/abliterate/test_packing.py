@@ -23,21 +23,24 @@ def module_of(architecture: str) -> Any:
     return tiny_module(architecture, layers=LAYERS, seed=4)
 
 
-@given(st.integers(0, 5), st.lists(st.integers(1, 6), max_size=5))
+@given(st.integers(0, 5), st.lists(st.integers(1, 6), max_size=5), st.lists(st.integers(0, 3), max_size=3))
 @settings(max_examples=60, deadline=None)
-def test_every_token_sees_the_prefix_and_its_own_past(prefix: int, own_lengths: list[int]) -> None:
-    packing = pack(prefix, own_lengths)
-    where = [(0, place) for place in range(prefix)]  # (sequence, position); sequence 0 is the prefix
+def test_every_token_sees_the_prefix_and_its_own_past(prefix: int, own_lengths: list[int], branches: list[int]) -> None:
+    packing = pack(prefix, own_lengths, branches)
+    where = [(0, 0, place) for place in range(prefix)]  # (sequence, branch, position); sequence 0 is the prefix, branch 0 the sequence
     for sequence, length in enumerate(own_lengths, start=1):
-        where += [(sequence, prefix + place) for place in range(length)]
+        where += [(sequence, 0, prefix + place) for place in range(length)]
+        for branch, count in enumerate(branches, start=1):
+            where += [(sequence, branch, prefix + length + place) for place in range(count)]
     assert packing.prefix == prefix
-    assert packing.positions.tolist() == [[place for _, place in where]]
+    assert packing.positions.tolist() == [[place for _, _, place in where]]
     assert packing.mask.shape == (1, 1, len(where), len(where))
-    for query, (reader, now) in enumerate(where):
-        for key, (owner, then) in enumerate(where):
-            assert bool(packing.mask[0, 0, query, key]) == (owner in (0, reader) and then <= now)
-    found = [[where[index] for index in range(len(where))[own]] for own in packing.own]
-    assert found == [[(sequence, prefix + place) for place in range(length)] for sequence, length in enumerate(own_lengths, start=1)]
+    for query, (reader, reading, now) in enumerate(where):
+        for key, (owner, part, then) in enumerate(where):
+            seen = (owner == 0 or (owner == reader and part in (0, reading))) and then <= now
+            assert bool(packing.mask[0, 0, query, key]) == seen
+    found = [[where[index][0] for index in range(len(where))[own]] for own in packing.own]
+    assert found == [[sequence] * (length + sum(branches)) for sequence, length in enumerate(own_lengths, start=1)]
 
 
 @given(st.lists(st.integers(0, 1), max_size=4), st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=4), min_size=1, max_size=4))

@@ -141,10 +141,10 @@ def test_the_stock_refusal_is_the_most_frequent_one() -> None:
 
 
 def test_the_openings_of_refusals_cover_them_in_order_of_frequency() -> None:
-    spoken = [(1, 2, 3, 4)] * 150 + [(1, 2, 3, 9)] * 40 + [(7, 8, 3)] * 9 + [(7, 8, 2)] * 9 + [(5, 5, 5)] * 2
+    spoken = [(1, 2, 3, 3, 3, 4)] * 150 + [(1, 2, 3, 3, 3, 9)] * 40 + [(7, 8, 3)] * 9 + [(7, 8, 2)] * 9 + [(5, 5, 5)] * 2
     prompts = [observed(index, answer, refused=True) for index, answer in enumerate(spoken)]
     helpful = [observed(500 + index, (6, 6), refused=False) for index in range(30)]
-    assert refusal_openings([*helpful, *prompts]) == [(1, 2, 3), (7, 8, 2), (7, 8, 3)]  # 208 of 210 are 99 %
+    assert refusal_openings([*helpful, *prompts]) == [(1, 2, 3, 3, 3), (7, 8, 2), (7, 8, 3)]  # 208 of 210 are 99 %
     many = [observed(index, (index, 1, 2), refused=True) for index in range(10, 20)]
     assert refusal_openings(many) == [(10, 1, 2), (11, 1, 2), (12, 1, 2), (13, 1, 2)]
     assert refusal_openings(helpful) == []
