@@ -21,7 +21,7 @@ _STEP = 1.0
 _FINEST = 0.25
 _FURTHEST = 4.0
 """Nats; a line further away than this is not found by moving it."""
-_CLEARANCE = 1.0
+_CLEARANCE = 0.5
 """Standard errors inside the limits: prompts that the line was not drawn by fall a little worse than those it was."""
 MOST_COUNTS = 7
 """How often `least_move` counts: five times to reach `_FURTHEST`, twice to halve the last step to `_FINEST`."""
