@@ -302,6 +302,34 @@ def eval_command(
 
 @app.command()
 @_friendly
+def triage(
+    run: Annotated[Path, typer.Argument(help="judged answers of `eval --out`, or of a run's eval folder")],
+    explain: Annotated[str | None, typer.Option(help="show this prompt's answer item by item (its id)")] = None, as_json: Json = False,
+) -> None:
+    """Score how well the answers of an evaluation triage: critical actions named, less dangerous advice given."""
+    from .eval.runs import EvalRun
+    from .eval.tables import triage_answer_table, triage_table
+    from .eval.triage import triage
+
+    found = triage(EvalRun.load(run))
+    chosen = [each for each in found.answers if explain in (None, each.answer.id)]
+    if not chosen:
+        raise TrailmedError(f"{run}: no answer to {explain!r} that there is a rubric for; choose another id")
+    if as_json:
+        _print_json({"run": found.run, "groups": [asdict(group) for group in found.groups], "answers": [
+            {"id": each.answer.id, "score": each.score.value, **{
+                kind: [
+                    {"item": finding.item.id, "weight": finding.item.weight, "span": finding.span}
+                    for finding in getattr(each.score, kind)
+                ] for kind in ("critical", "dangerous")
+            }} for each in chosen
+        ]})
+    else:
+        Console().print(triage_answer_table(chosen[0]) if explain else triage_table(found))
+
+
+@app.command()
+@_friendly
 def compare(
     run_a: Annotated[Path, typer.Argument(help="judged answers of `eval --out`, or of a run's eval folder")],
     run_b: Annotated[Path, typer.Argument(help="the other ones, of the same prompts and settings")],

@@ -6,8 +6,10 @@ A thin typed layer over `scipy.stats`, with the edge cases (no trials, no discor
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from scipy import stats
 
 from ..errors import TrailmedError
@@ -15,7 +17,7 @@ from ..errors import TrailmedError
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A confidence interval for a proportion, 0 ≤ low ≤ high ≤ 1."""
+    """A confidence interval, low ≤ high: of a proportion within [0, 1], else in the unit of what it is for."""
 
     low: float
     high: float
@@ -50,6 +52,29 @@ def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> Interva
     rate = successes / n
     # Rounding may leave an end a few ulp on the wrong side of p̂ at 0/n and n/n, where they coincide exactly.
     return Interval(low=min(max(float(found.low), 0.0), rate), high=max(min(float(found.high), 1.0), rate))
+
+
+def cluster_bootstrap_mean(
+    values: Sequence[float], clusters: Sequence[str], confidence: float = 0.95, *, resamples: int = 2000, seed: int = 0,
+) -> Interval:
+    """Percentile bootstrap interval for the mean of `values`, in their unit, resampling whole `clusters` (one name for each value).
+
+    Values of one cluster vary together, so single values must not be resampled (Davison & Hinkley 1997, Bootstrap Methods and their
+    Application, section 3.8). The same arguments give the same interval. Raises `TrailmedError` when there are no values or a confidence
+    is outside (0, 1), ValueError when the two sequences differ in length.
+    """
+    _check_confidence(confidence)
+    if not values:
+        raise TrailmedError("no values to take the mean of")
+    names = {name: place for place, name in enumerate(dict.fromkeys(clusters))}
+    sums, counts = np.zeros(len(names)), np.zeros(len(names))
+    for value, name in zip(values, clusters, strict=True):
+        sums[names[name]] += value
+        counts[names[name]] += 1
+    drawn = np.random.default_rng(seed).integers(len(names), size=(resamples, len(names)))
+    means = sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Interval(low=float(low), high=float(high))
 
 
 def mcnemar_exact(only_first: int, only_second: int) -> float:

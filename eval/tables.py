@@ -12,6 +12,7 @@ from .gate import GateResult
 from .judge import Verdict
 from .prompts import Category
 from .runs import EvalRun
+from .triage import ScoredAnswer, Triage
 from .wording import equivalence, interval, measured, p_value, percent, plain, title
 
 _LISTED_ANSWER = 160
@@ -92,4 +93,32 @@ def run_table(run: EvalRun) -> Table:
             table.add_row(*map(Text, (
                 title(category), str(len(answers)), interval(rate), *(str(counts[verdict]) for verdict in Verdict),
             )))
+    return table
+
+
+def triage_table(found: Triage) -> Table:
+    """Mean triage scores by category with their intervals, refusals and answers that give dangerous advice."""
+    table = Table(title=Text(plain(f"Triage: {found.run}")), title_justify="left")
+    table.add_column("category")
+    for heading in ("n", "refused", "dangerous", "score (95 %)"):
+        table.add_column(heading, justify="right")
+    for group in found.groups:
+        if group.name == "all":
+            table.add_section()
+        score = f"{group.mean:.0f} ({group.interval.low:.0f}–{group.interval.high:.0f})"
+        table.add_row(*map(Text, (title(group.name), str(group.n), str(group.refused), str(group.dangerous), score)))
+    table.caption = "Score: weight of the critical actions named, less that of dangerous advice, of 100. A refusal scores 0."
+    table.caption_justify = "left"
+    return table
+
+
+def triage_answer_table(scored: ScoredAnswer) -> Table:
+    """Why one answer scored what it did: each item, its weight, and the words of the answer it was found in."""
+    table = Table(title=Text(plain(f"{scored.answer.id}: {scored.score.value:.0f} of 100. {scored.answer.text}")), title_justify="left")
+    for heading in ("", "item", "weight", "found in"):
+        table.add_column(heading, overflow="fold")
+    for mark, findings in (("critical", scored.score.critical), ("dangerous", scored.score.dangerous)):
+        for finding in findings:
+            words = "" if finding.span is None else plain(scored.answer.answer[slice(*finding.span)])
+            table.add_row(mark, Text(finding.item.says), str(finding.item.weight), Text(words))
     return table

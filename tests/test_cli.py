@@ -136,7 +136,7 @@ def _squeezed(text: str) -> str:
 
 def test_the_commands_of_the_design_are_there() -> None:
     assert {" ".join(path) for path in COMMANDS} >= {
-        "run", "directions", "edit", "bake", "eval", "compare", "report", "models list", "models fetch", "models show",
+        "run", "directions", "edit", "bake", "eval", "triage", "compare", "report", "models list", "models fetch", "models show",
     }
 
 
@@ -254,6 +254,8 @@ BAD_OPTIONS = [
     ("eval {model.gguf} -o out.json --prompts {prompts.jsonl} --category mental_health", "no prompts to put to the model"),
     ("compare nowhere.json {note.txt}", "nowhere.json: no such file"),
     ("compare {note.txt} {note.txt}", "note.txt: not valid JSON"),
+    ("triage nowhere.json", "nowhere.json: no such file"),
+    ("triage {note.txt}", "note.txt: not valid JSON"),
     ("report nowhere.json", "nowhere.json: no such file"),
     ("report {note.txt} -o out", "note.txt: not valid JSON"),
     ("models fetch qwen", "qwen: not in the catalogue; it has qwen2.5-coder-0.5b-instruct"),

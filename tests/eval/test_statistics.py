@@ -7,12 +7,20 @@ from fractions import Fraction
 from statistics import NormalDist
 
 import mpmath
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trailmed.errors import TrailmedError
-from trailmed.eval.statistics import clopper_pearson_upper, flip_rate_equivalence, mcnemar_exact, wilson_interval
+from trailmed.eval.statistics import (
+    Interval,
+    clopper_pearson_upper,
+    cluster_bootstrap_mean,
+    flip_rate_equivalence,
+    mcnemar_exact,
+    wilson_interval,
+)
 
 COUNTS = st.integers(1, 150).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
 CONFIDENCES = st.sampled_from([0.5, 0.8, 0.9, 0.95, 0.99, 0.999])
@@ -183,3 +191,24 @@ def test_bad_input_is_one_line(call: object) -> None:
     with pytest.raises(TrailmedError) as caught:
         call()
     assert "\n" not in str(caught.value)
+
+
+def test_the_bootstrap_resamples_whole_clusters() -> None:
+    values = [float(value) for value in np.random.default_rng(3).normal(50, 10, 400)]
+    alone = cluster_bootstrap_mean(values, [str(index) for index in range(400)])
+    error = 1.96 * np.std(values, ddof=1) / 20
+    assert alone.low == pytest.approx(np.mean(values) - error, abs=0.2)
+    assert alone.high == pytest.approx(np.mean(values) + error, abs=0.2)
+    fourfold = cluster_bootstrap_mean(values * 4, [str(index) for index in range(400)] * 4)
+    assert (fourfold.low, fourfold.high) == pytest.approx((alone.low, alone.high))  # copies are no evidence
+    assert cluster_bootstrap_mean(values, ["one"] * 400) == Interval(*[pytest.approx(np.mean(values))] * 2)
+    assert alone == cluster_bootstrap_mean(values, [str(index) for index in range(400)])
+
+
+def test_the_bootstrap_needs_values_and_a_cluster_for_each() -> None:
+    with pytest.raises(TrailmedError, match="no values"):
+        cluster_bootstrap_mean([], [])
+    with pytest.raises(TrailmedError, match="confidence"):
+        cluster_bootstrap_mean([1.0], ["a"], 1.0)
+    with pytest.raises(ValueError, match="zip"):
+        cluster_bootstrap_mean([1.0], [])
