@@ -266,7 +266,7 @@ BAD_OPTIONS = [
 def test_bad_input_is_one_line_and_leaves_nothing(inputs: Inputs, workplace: Path, command: str, message: str) -> None:
     words = inputs.fill(command)
     before = sorted(inputs.folder.rglob("*"))
-    quiet = [] if words[0] in ("compare", "report") else ["--quiet"]
+    quiet = [] if words[0] in ("compare", "report", "triage") else ["--quiet"]
     line = _complaint(_call([*words, *quiet]))
     assert message in line, line
     assert list(workplace.iterdir()) == []
