@@ -59,8 +59,13 @@ def lead_log_odds(module: Any, token_ids: Sequence[Sequence[int]], openings: Seq
             log_probs = output_logits(module, next(final)[len(prompt) - 1 : len(prompt) - 1 + len(opening)]).log_softmax(-1)
             each.append(log_probs[torch.arange(len(opening)), torch.tensor(opening)].sum())
         log_p.append(torch.stack(each).logsumexp(0))
-    log_ps = torch.stack(log_p).clamp_max(-_NEVER_CERTAIN)
-    return log_ps - torch.log(-torch.expm1(log_ps))
+    return log_odds(torch.stack(log_p))
+
+
+def log_odds(log_p: torch.Tensor) -> torch.Tensor:
+    """log(p / (1 − p)) from log p, finite also where p rounds to 1."""
+    log_p = log_p.clamp_max(-_NEVER_CERTAIN)
+    return log_p - torch.log(-torch.expm1(log_p))
 
 
 @torch.inference_mode()

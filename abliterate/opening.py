@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
+from .calibrate import log_odds
 from .packing import Packing, blocks_are_alike, pack, run_blocks, shared_prefix
 from .teacher import output_logits, padded_forward
 
 _BATCH = 24
-_NEVER_CERTAIN = 1e-6
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -86,8 +86,7 @@ class OpeningProbe:
             rows.log_softmax(-1)[range(len(opening)), list(opening)].sum()
             for rows, opening in zip(logits, self._openings, strict=True)
         ]
-        log_p = torch.stack(said).logsumexp(0).clamp_max(-_NEVER_CERTAIN)
-        return log_p - torch.log(-torch.expm1(log_p))
+        return log_odds(torch.stack(said).logsumexp(0))
 
     def _logits(self, batch: _Batch) -> Iterator[tuple[int, list[torch.Tensor]]]:
         """For each prompt of the batch the logits [len(opening), vocabulary] where each opening is predicted."""
