@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ..errors import TrailmedError
 from ..progress import Advance, no_progress
-from .packing import Packing, blocks_are_alike, pack, run_blocks, shared_prefix
+from .packing import Packing, blocks_are_alike, pack, run_packed, shared_prefix
 from .tensor_file import read_tensor, write_tensor
 
 TokenIds = Sequence[Sequence[int]]
@@ -199,13 +199,8 @@ def _passes(
     shared = shared_prefix(token_ids)
     for batch in length_batches([len(ids) - shared for ids in token_ids], min(batch_tokens, _PACKED_TOKENS)):
         packing = pack(shared, [len(token_ids[index]) - shared for index in batch])
-        tokens = [*token_ids[batch[0]][:shared], *(token for index in batch for token in token_ids[index][shared:])]
-        yield _Rows(batch, positions, packing), partial(_run_packed, module, tokens, packing, blocks)
-
-
-@torch.no_grad()
-def _run_packed(module: Any, tokens: Sequence[int], packing: Packing, blocks: int) -> None:
-    run_blocks(module, module.model.embed_tokens(torch.tensor([tokens])), packing, 0, blocks)
+        run = torch.no_grad()(run_packed)
+        yield _Rows(batch, positions, packing), partial(run, module, [token_ids[index] for index in batch], packing, blocks)
 
 
 def text_decoder(module: Any) -> Any:

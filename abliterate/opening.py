@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from .calibrate import log_odds
-from .packing import Packing, blocks_are_alike, pack, run_blocks, shared_prefix
+from .packing import Packing, blocks_are_alike, pack, run_blocks, run_packed, shared_prefix
 from .teacher import output_logits, padded_forward
 
 _BATCH = 24
@@ -48,9 +48,12 @@ class OpeningProbe:
         self._module, self._openings, self._first = module, openings, first_block
         self._count = len(token_ids)
         order = sorted(range(len(token_ids)), key=lambda index: len(token_ids[index]))
-        shared = shared_prefix(token_ids) if blocks_are_alike(module) else 0
-        make = self._packed if blocks_are_alike(module) else self._whole
-        self._batches = [make(token_ids, order[start : start + _BATCH], shared) for start in range(0, len(order), _BATCH)]
+        batches = [order[start : start + _BATCH] for start in range(0, len(order), _BATCH)]
+        if blocks_are_alike(module):
+            shared = shared_prefix(token_ids)
+            self._batches = [self._packed(token_ids, rows, shared) for rows in batches]
+        else:
+            self._batches = [self._whole(token_ids, rows) for rows in batches]
 
     @torch.no_grad()
     def margins(self) -> list[float]:
@@ -106,10 +109,9 @@ class OpeningProbe:
     def _packed(self, token_ids: Sequence[Sequence[int]], rows: Sequence[int], shared: int) -> _Batch:
         tails = [list(opening[:-1]) for opening in self._openings]
         packing = pack(shared, [len(token_ids[row]) - shared for row in rows], [len(tail) for tail in tails])
-        tokens = [*token_ids[rows[0]][:shared]]
+        branches = [token for tail in tails for token in tail]
         ends, says = [], []
         for row, own in zip(rows, packing.own, strict=True):
-            tokens += [*token_ids[row][shared:], *(token for tail in tails for token in tail)]
             end = own.start + len(token_ids[row]) - shared - 1
             ends.append(end)
             start, each = end + 1, []
@@ -118,11 +120,10 @@ class OpeningProbe:
                 start += len(tail)
             says.append(each)
         with torch.no_grad():
-            embedded = self._module.model.embed_tokens(torch.tensor([tokens], dtype=torch.long))
-            stream = run_blocks(self._module, embedded, packing, 0, self._first)
+            stream = run_packed(self._module, [[*token_ids[row], *branches] for row in rows], packing, self._first)
         return _Batch(rows, ([0] * len(ends), ends), says, stream, packing)
 
-    def _whole(self, token_ids: Sequence[Sequence[int]], rows: Sequence[int], _shared: int) -> _Batch:
+    def _whole(self, token_ids: Sequence[Sequence[int]], rows: Sequence[int]) -> _Batch:
         """One sequence for every prompt and opening: for models whose blocks cannot be run one by one."""
         sequences: list[list[int]] = []
         ends, says = [], []

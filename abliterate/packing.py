@@ -72,3 +72,9 @@ def run_blocks(module: Any, hidden: torch.Tensor, packing: Packing, first: int, 
     for block in module.model.layers[first:last]:
         hidden = block(hidden, attention_mask=packing.mask, position_ids=packing.positions, position_embeddings=rotary)
     return hidden
+
+
+def run_packed(module: Any, sequences: Sequence[Sequence[int]], packing: Packing, blocks: int) -> torch.Tensor:
+    """The residual stream [1, T, d] after the first `blocks` blocks of `sequences` (token ids, the shared prefix and branches included)."""
+    tokens = [*sequences[0][: packing.prefix], *(token for sequence in sequences for token in sequence[packing.prefix :])]
+    return run_blocks(module, module.model.embed_tokens(torch.tensor([tokens], dtype=torch.long)), packing, 0, blocks)

@@ -17,7 +17,7 @@ import torch
 
 from ..progress import Advance, no_progress
 from .observed import Observed, Role
-from .packing import blocks_are_alike, pack, run_blocks
+from .packing import blocks_are_alike, pack, run_blocks, run_packed
 
 TOP = 64
 _BATCH = 24
@@ -117,8 +117,7 @@ def _streams(
         rows = [final[row, : len(sequence)] for row, sequence in enumerate(sequences)]
         return [row.new_zeros(0) for row in rows], rows
     packing = pack(prefix, [len(sequence) - prefix for sequence in sequences])
-    tokens = [*sequences[0][:prefix], *(token for sequence in sequences for token in sequence[prefix:])]
-    hidden = run_blocks(module, module.model.embed_tokens(torch.tensor([tokens])), packing, 0, first_block)
+    hidden = run_packed(module, sequences, packing, first_block)
     final = module.model.norm(run_blocks(module, hidden, packing, first_block, len(module.model.layers)))
     return [hidden[0, own].clone() for own in packing.own], [final[0, own] for own in packing.own]
 
