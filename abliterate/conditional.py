@@ -50,7 +50,7 @@ _FOLDS = 4
 _READINGS = {
     Role.OVER_REFUSED: -1.0, Role.COMPLIED: -1.0, Role.KEPT_REFUSED: 0.0, Role.HARMFUL_REFUSED: 1.0, Role.HARMFUL_COMPLIED: 1.0,
 }
-_MOST_IDLE = ("silu", "gelu", "gelu_pytorch_tanh", "gelu_new", "swish")
+_GATES = ("silu", "gelu", "gelu_pytorch_tanh", "gelu_new", "swish")
 """Activation functions that are next to zero well below zero, and the identity well above it."""
 
 
@@ -113,7 +113,7 @@ def conditional(
     if Role.OVER_REFUSED not in roles:
         raise TrailmedError("the base refuses none of the fit prompts of the categories to remove; there is nothing to edit")
     activation = getattr(module.config.get_text_config(), "hidden_act", None) or module.config.get_text_config().hidden_activation
-    if activation not in _MOST_IDLE:
+    if activation not in _GATES:
         raise TrailmedError(f"the model's MLPs use {str(activation)[:40]!r}; conditional needs a SiLU or GELU gate, use another method")
     classes = [
         PromptClass(role, not prompt.should_refuse and prompt.category not in removed) for prompt, role in zip(prompts, roles, strict=True)
@@ -129,6 +129,8 @@ def conditional(
         prompt.token_ids for prompt in evenly_spread(refusal_at_stake(prompts, removed), _SAMPLED)
     ], openings, first)
 
+    idle = {block: Neuron.idlest(module, names) for block, names in mlps.items()}
+
     def rows_without(left_out: Collection[str]) -> dict[int, Rows]:
         kept = [index for index, prompt in enumerate(prompts) if prompt.id not in left_out]
         kept_others = [index for index, owner in enumerate(owners) if owner not in left_out]
@@ -142,7 +144,7 @@ def conditional(
         found: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         for block, each in rows.items():
             reading = (settings.nats * each.harm + line * each.one) / _STEEPNESS
-            found |= neuron(module, mlps[block], _STEEPNESS * each.gate, reading, columns[mlps[block][2]])
+            found |= idle[block].becoming(_STEEPNESS * each.gate, reading, columns[mlps[block][2]])
         return found
 
     def view(rows: Mapping[int, Rows], asked: Sequence[Observed]) -> _View:
@@ -201,25 +203,45 @@ class _View:
         return benign, harmful
 
 
-def neuron(
-    module: Any, names: tuple[str, str, str], gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor,
-) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Factors (B, A) by tensor name, of rank 1, that make the MLP's idlest neuron x ↦ down · act(gate·x) (up·x); all float32 [d].
+@dataclass(frozen=True, slots=True, eq=False)
+class Neuron:
+    """Neuron `index` of an MLP of `count`, whose matrices are called `names` (gate, up, down): its two rows and its column, float32 [d].
 
-    `names` are those of W_gate and W_up [d_ff, d] and of W_down [d, d_ff]. The idlest neuron is the one with the smallest product of the
-    lengths of its two rows and its column (ties: the first). The column takes the median length of the others', for a quantizer that
-    scales blocks of a row together would round a much shorter one away; the up row is scaled the other way.
+    `usual` is the median length of the block's columns.
     """
-    weights = [module.get_parameter(name).detach().float() for name in names]
-    lengths = weights[2].norm(dim=0)
-    index = int((weights[0].norm(dim=1) * weights[1].norm(dim=1) * lengths).argmin())
-    scale = float(lengths.median() / down.norm())
-    chosen = functional.one_hot(torch.tensor(index), len(lengths)).float()
-    return {
-        names[0]: (chosen[:, None], (gate - weights[0][index])[None]),
-        names[1]: (chosen[:, None], (up / scale - weights[1][index])[None]),
-        names[2]: ((scale * down - weights[2][:, index])[:, None], chosen[None]),
-    }
+
+    names: tuple[str, str, str]
+    index: int
+    count: int
+    gate: torch.Tensor
+    up: torch.Tensor
+    down: torch.Tensor
+    usual: float
+
+    @classmethod
+    def idlest(cls, module: Any, names: tuple[str, str, str]) -> Neuron:
+        """The one with the smallest product of the lengths of its two rows and its column (ties: the first).
+
+        `names` are those of W_gate and W_up [d_ff, d] and of W_down [d, d_ff].
+        """
+        gate, up, down = (module.get_parameter(name).detach().float() for name in names)
+        lengths = down.norm(dim=0)
+        index = int((gate.norm(dim=1) * up.norm(dim=1) * lengths).argmin())
+        return cls(names, index, len(lengths), gate[index].clone(), up[index].clone(), down[:, index].clone(), float(lengths.median()))
+
+    def becoming(self, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """Factors (B, A) by tensor name, of rank 1, that make it x ↦ down · act(gate·x) (up·x); all float32 [d].
+
+        The column takes the usual length, for a quantizer that scales blocks of a row together would round a much shorter one away;
+        the up row is scaled the other way.
+        """
+        scale = float(self.usual / down.norm())
+        chosen = functional.one_hot(torch.tensor(self.index), self.count).float()
+        return {
+            self.names[0]: (chosen[:, None], (gate - self.gate)[None]),
+            self.names[1]: (chosen[:, None], (up / scale - self.up)[None]),
+            self.names[2]: ((scale * down - self.down)[:, None], chosen[None]),
+        }
 
 
 def folds(prompts: Sequence[Observed]) -> list[set[str]]:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from small_models import tiny_module
 
 from trailmed.abliterate.answers import greedy_answers
-from trailmed.abliterate.conditional import ConditionalSettings, PromptClass, conditional, elsewhere, fitted_rows, folds, neuron
+from trailmed.abliterate.conditional import ConditionalSettings, Neuron, PromptClass, conditional, elsewhere, fitted_rows, folds
 from trailmed.abliterate.edit import Edit
 from trailmed.abliterate.observed import Observed, Role
 from trailmed.abliterate.origin import EditOrigin
@@ -68,7 +68,7 @@ def test_the_idlest_neuron_becomes_the_one_that_was_asked_for(architecture: str)
     ]))
     edited = [weight.copy() for weight in weights]
     for weight, name in zip(edited, names, strict=True):
-        b, a = neuron(module, names, gate, up, down)[name]
+        b, a = Neuron.idlest(module, names).becoming(gate, up, down)[name]
         assert b.shape[1] == a.shape[0] == 1
         weight += b.double().numpy() @ a.double().numpy()
     for before, after in zip(weights[:2], edited[:2], strict=True):
