@@ -17,8 +17,8 @@ from rich.table import Column, Table
 
 from . import __version__
 from .errors import EXIT_BAD_INPUT, EXIT_GATE_FAILED, TrailmedError
-from .eval.prompts import Split, parse_categories
-from .settings import EditSettings, Method, RunSettings
+from .eval.prompts import SplitChoice, parse_categories
+from .settings import EditSettings, EngineName, EvalSettings, Method, RunSettings
 
 if TYPE_CHECKING:
     from .pipeline import RunOutcome
@@ -31,10 +31,13 @@ app = typer.Typer(
 )
 models_app = typer.Typer(no_args_is_help=True, help="The catalogue of models, and what a model file is.")
 app.add_typer(models_app, name="models")
+prompts_app = typer.Typer(no_args_is_help=True, help="Published prompt sets for `eval --prompts`. None comes with trailmed.")
+app.add_typer(prompts_app, name="prompts")
 
 P = ParamSpec("P")
 _EDIT = EditSettings()
 _RUN = RunSettings()
+_EVAL = EvalSettings()
 
 Json = Annotated[bool, typer.Option("--json", help="print JSON for programs instead of tables")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="no progress display")]
@@ -139,6 +142,43 @@ def models_show(model: Model, as_json: Json = False, quiet: Quiet = False) -> No
     for label, text in summary.rows():
         table.add_row(label, text)
     Console().print(table)
+
+
+@prompts_app.command("list")
+@_friendly
+def prompts_list(as_json: Json = False) -> None:
+    """The published prompt sets that can be imported by name."""
+    from .eval.external import IMPORTERS
+
+    if as_json:
+        _print_json([
+            {"name": each.name, "description": each.what, "licence": each.licence, "citation": each.citation, "home": each.home}
+            for each in IMPORTERS.values()
+        ])
+        return
+    table = Table(Column("name", no_wrap=True), "what", "licence", show_lines=True)
+    for each in IMPORTERS.values():
+        table.add_row(each.name, f"{each.what}\n{each.citation}\n{each.home}", each.licence)
+    Console().print(table)
+
+
+@prompts_app.command("import")
+@_friendly
+def prompts_import(
+    name: Annotated[str, typer.Argument(help="a name of `prompts list`")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="the JSON Lines file to write")],
+    source: Annotated[Path | None, typer.Option("--from", help="your copy of the set: file or folder; left out, it is fetched")] = None,
+    as_json: Json = False, quiet: Quiet = False,
+) -> None:
+    """Read a published prompt set, yours or fetched, and write it for `eval --prompts`; all of it counts as held out."""
+    from .eval.external import import_prompts
+
+    found = import_prompts(name, source, out, progress=not quiet)
+    counts = {category: sum(prompt.category is category for prompt in found) for category in {prompt.category for prompt in found}}
+    if as_json:
+        _print_json({"path": out, "prompts": len(found), "categories": counts})
+    else:
+        print(f"{out}: {len(found)} prompts ({', '.join(f'{count} {category}' for category, count in sorted(counts.items()))})")
 
 
 def _settings_option(settings: type, name: str, *flags: str) -> Any:
@@ -271,29 +311,43 @@ def bake(
 @app.command("eval")
 @_friendly
 def eval_command(
-    model: Model,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="write the judged answers to this JSON file, for `compare`")] = None,
-    split: Annotated[Split, typer.Option(help="which prompts")] = Split.HELD_OUT,
+    model: Annotated[str, typer.Argument(
+        help="catalogue name, GGUF file, Hugging Face directory, or hub id owner/name; with --endpoint, the name it is served under",
+    )] = "",
+    out: Annotated[Path | None, typer.Option(
+        "--out", "-o", help="folder for the judged answers, for `compare` and `triage`; an interrupted evaluation goes on in it",
+    )] = None,
+    split: Annotated[SplitChoice, typer.Option(help="which prompts")] = SplitChoice.ALL,
     category: Annotated[list[str] | None, typer.Option("--category", help="only these categories")] = None,
-    max_tokens: MaxTokens = _RUN.max_tokens, slots: Slots = _RUN.slots, threads: Threads = None, exact: Exact = False,
-    prompts: PromptsFile = None, as_json: Json = False, quiet: Quiet = False,
+    limit: Annotated[int | None, typer.Option(help="at most so many prompts, spread over the categories")] = None,
+    phrasings: Annotated[bool, typer.Option("--phrasings", help="ask the further phrasings of every scenario as well")] = False,
+    prompts: Annotated[Path | None, typer.Option(help="prompts of your own: JSON Lines, JSON, CSV or TSV")] = None,
+    column: Annotated[list[str] | None, typer.Option(
+        "--column", help="with --prompts: which column holds a field, FIELD=COLUMN (text=question); repeat it",
+    )] = None,
+    engine: Annotated[EngineName | None, _settings_option(EvalSettings, "engine")] = None,
+    endpoint: Annotated[str | None, _settings_option(EvalSettings, "endpoint")] = None,
+    max_tokens: Annotated[int, _settings_option(EvalSettings, "max_tokens")] = _EVAL.max_tokens,
+    slots: Annotated[int, _settings_option(EvalSettings, "slots")] = _EVAL.slots,
+    threads: Threads = None,
+    exact: Annotated[bool, _settings_option(EvalSettings, "exact", "--exact")] = False,
+    concurrency: Annotated[int, _settings_option(EvalSettings, "concurrency")] = _EVAL.concurrency,
+    timeout: Annotated[float, _settings_option(EvalSettings, "timeout")] = _EVAL.timeout,
+    retries: Annotated[int, _settings_option(EvalSettings, "retries")] = _EVAL.retries,
+    as_json: Json = False, quiet: Quiet = False,
 ) -> None:
-    """Put the benchmark to any GGUF on llama.cpp and say what it refuses."""
-    from .device.llama_runtime import DecodeSettings
-    from .eval.benchmark import evaluate
-    from .eval.prompts import load_benchmark, load_prompts, select
+    """Put the benchmark to any model: what it refuses, and how well its answers triage."""
     from .eval.tables import run_table
-    from .models.source import resolve_model
+    from .evaluating import eval
 
-    chosen = select(
-        load_benchmark() if prompts is None else load_prompts(prompts), split=split,
-        categories=parse_categories(category) if category else None,
+    found = eval(
+        model, out, EvalSettings(
+            engine=engine, endpoint=endpoint, max_tokens=max_tokens, slots=slots, threads=threads or _EVAL.threads, exact=exact,
+            concurrency=concurrency, timeout=timeout, retries=retries,
+        ),
+        split=split.split, categories=parse_categories(category or ()), limit=limit, phrasings=phrasings, prompts=prompts,
+        columns=column or (), progress=not quiet,
     )
-    settings = DecodeSettings(max_tokens=max_tokens, slots=slots, threads=threads or _RUN.threads, exact=exact)
-    path = resolve_model(model, progress=not quiet)
-    found = evaluate(path, chosen, name=path.stem, settings=settings, progress=not quiet)
-    if out is not None:
-        found.save(out)
     if as_json:
         _print_json(asdict(found))
     else:
@@ -303,15 +357,15 @@ def eval_command(
 @app.command()
 @_friendly
 def triage(
-    run: Annotated[Path, typer.Argument(help="judged answers of `eval --out`, or of a run's eval folder")],
+    run: Annotated[Path, typer.Argument(help="folder of `eval --out`, or a file of a run's eval folder")],
     explain: Annotated[str | None, typer.Option(help="show this prompt's answer item by item (its id)")] = None, as_json: Json = False,
 ) -> None:
     """Score how well the answers of an evaluation triage: critical actions named, less dangerous advice given."""
-    from .eval.runs import EvalRun
+    from .eval.run_folder import load_run
     from .eval.tables import triage_answer_table, triage_table
     from .eval.triage import triage
 
-    found = triage(EvalRun.load(run))
+    found = triage(load_run(run))
     chosen = [each for each in found.answers if explain in (None, each.answer.id)]
     if not chosen:
         raise TrailmedError(f"{run}: no answer to {explain!r} that there is a rubric for; choose another id")
@@ -331,23 +385,32 @@ def triage(
 @app.command()
 @_friendly
 def compare(
-    run_a: Annotated[Path, typer.Argument(help="judged answers of `eval --out`, or of a run's eval folder")],
-    run_b: Annotated[Path, typer.Argument(help="the other ones, of the same prompts and settings")],
-    flips: Annotated[int, typer.Option(help="flips listed")] = 20, as_json: Json = False,
+    runs: Annotated[list[Path], typer.Argument(
+        help="two or more evaluations of the same prompts: folders of `eval --out`, or files of a run's eval folder; all are held against "
+        "the first",
+    )],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="folder for compare.html and compare.md")] = None,
+    flips: Annotated[int, typer.Option(help="flips listed of each comparison")] = 20, as_json: Json = False,
 ) -> None:
-    """Compare two evaluations prompt by prompt: intervals, exact McNemar, flips in both directions, equivalence."""
-    from .eval.compare import compare
-    from .eval.runs import EvalRun
-    from .eval.tables import comparison_table, flips_table
+    """Compare evaluations prompt by prompt: intervals, exact McNemar, flips in both directions, equivalence, phrasing."""
+    from .eval.compare_report import SideBySide
+    from .eval.run_folder import load_run
+    from .eval.tables import comparison_table, flips_table, phrasing_table
 
-    found = compare(EvalRun.load(run_a), EvalRun.load(run_b))
+    found = SideBySide([load_run(run) for run in runs])
+    written = found.write(out) if out is not None else ()
     if as_json:
-        _print_json(asdict(found))
+        _print_json(found.document())
         return
     console = Console()
-    console.print(comparison_table(found))
-    if found.flips and flips:
-        console.print(flips_table(found, limit=flips))
+    for comparison in found.comparisons:
+        console.print(comparison_table(comparison))
+        if comparison.flips and flips:
+            console.print(flips_table(comparison, limit=flips))
+    if found.phrasing[0].groups:
+        console.print(phrasing_table(found.phrasing))
+    for path in written:
+        print(path)
 
 
 @app.command()

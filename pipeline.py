@@ -11,6 +11,7 @@ from typing import Any
 
 from . import __version__
 from .abliterate.edit import Edit
+from .device.llama_engine import LlamaEngine
 from .device.llama_runtime import DecodeSettings
 from .device.system import machine, peak_rss_bytes
 from .editing import EditJob, Stage
@@ -146,7 +147,8 @@ class _Job:
         out = self._run_path(who, kind)
 
         def answer() -> None:
-            evaluate(path, self.held_out, name=f"{who}-{kind}", settings=self.decode, progress=self.progress).save(out)
+            with LlamaEngine(path, self.decode) as engine:
+                evaluate(engine, self.held_out, name=f"{who}-{kind}", progress=self.progress).save(out)
 
         return f"answers of {who} {kind}", [out], answer
 

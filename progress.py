@@ -11,7 +11,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 Advance = Callable[[int], None]
 """Called with how many units were just finished."""
 
-_console = Console(stderr=True)
+console = Console(stderr=True)
+"""Where every display goes."""
 
 
 def no_progress(_: int) -> None:
@@ -27,10 +28,15 @@ def progress_bar(label: str, total: int, *, enabled: bool = True) -> Iterator[Ad
     if not enabled:
         yield no_progress
         return
-    columns = (
-        TextColumn("{task.description:<34}"), BarColumn(bar_width=30), MofNCompleteColumn(),
-        TimeElapsedColumn(), TextColumn("eta"), TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=_console, transient=False) as display:
+    with progress_display() as display:
         task = display.add_task(label, total=total)
         yield lambda units: display.advance(task, units)
+
+
+def progress_display() -> Progress:
+    """A display of bars, not started yet: each with its label, count, elapsed time and ETA."""
+    return Progress(
+        TextColumn("{task.description:<34}"), BarColumn(bar_width=30), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("eta"),
+        TimeRemainingColumn(), console=console, transient=False,
+    )
+

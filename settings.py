@@ -68,11 +68,54 @@ class RunSettings:
     edit: EditSettings = field(default_factory=EditSettings)
     type: str = field(default="Q8_0", metadata={"help": "type of the phone's GGUF: Q8_0, Q6_K, Q5_K_M, Q4_K_M, …"})
     max_tokens: int = field(default=48, metadata={"help": "longest answer judged, in tokens"})
-    slots: int = field(default=48, metadata={"help": "answers decoded together on llama.cpp"})
+    slots: int = field(default=32, metadata={"help": "answers decoded together on llama.cpp"})
     threads: int = field(default_factory=physical_cores, metadata={"help": "CPU threads (default: physical cores)"})
     exact: bool = field(default=False, metadata={"help": "decode one answer at a time: slower, independent of batching"})
     prompts: Path | None = field(default=None, metadata={"help": "your own benchmark (JSON Lines) instead of the shipped one"})
     retain: Path | None = field(default=None, metadata={"help": "your own fit-only retain set instead of the shipped one"})
+
+
+class EngineName(StrEnum):
+    """The programs that can answer an evaluation."""
+
+    LLAMA_CPP = "llama.cpp"
+    TRANSFORMERS = "transformers"
+    ONNX = "onnx"
+    ENDPOINT = "endpoint"
+
+
+@dataclass(frozen=True, slots=True)
+class EvalSettings:
+    """How `trailmed eval` asks; each field is an option. Raises `TrailmedError` for counts below 1 and a time that is not positive."""
+
+    engine: EngineName | None = field(
+        default=None, metadata={
+            "help": "what runs the model: llama.cpp (a GGUF, the default), transformers (a Hugging Face directory or GGUF, on PyTorch), "
+            "onnx (a folder of ONNX Runtime GenAI's), endpoint (with --endpoint)",
+        },
+    )
+    endpoint: str | None = field(
+        default=None, metadata={
+            "help": "address of an OpenAI-compatible server (llama-server, vLLM, …), http://HOST:PORT/v1; MODEL is then the name it is "
+            "served under. A key is read from TRAILMED_API_KEY or OPENAI_API_KEY",
+        },
+    )
+    max_tokens: int = field(default=96, metadata={"help": "longest answer, in tokens"})
+    slots: int = field(default=32, metadata={"help": "answers decoded together"})
+    threads: int = field(default_factory=physical_cores, metadata={"help": "CPU threads (default: physical cores)"})
+    concurrency: int = field(default=8, metadata={"help": "with --endpoint: requests in flight"})
+    exact: bool = field(default=False, metadata={"help": "llama.cpp: decode one answer at a time: slower, independent of batching"})
+    timeout: float = field(default=120.0, metadata={"help": "with --endpoint: seconds an answer may take, the whole of it"})
+    retries: int = field(default=4, metadata={"help": "with --endpoint: how often a failed request is sent again"})
+
+    def __post_init__(self) -> None:
+        for name in ("max_tokens", "slots", "threads", "concurrency"):
+            if getattr(self, name) < 1:
+                raise TrailmedError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if not (math.isfinite(self.timeout) and self.timeout > 0):
+            raise TrailmedError(f"timeout is {self.timeout}; give a positive number of seconds")
+        if self.retries < 0:
+            raise TrailmedError(f"retries is {self.retries}; it must be at least 0")
 
 
 def settings_document(settings: EditSettings) -> dict[str, object]:

@@ -14,7 +14,7 @@ import ctypes
 import os
 import time
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -37,7 +37,7 @@ from .system import physical_cores
 
 _NO_VOCABULARY = 0
 _MOST_CELLS = 16_384
-"""Cache cells held for all sequences together, unless a single one needs more; 48 chat prompts with short answers need some 5000."""
+"""Cache cells held for all sequences together, unless a single one needs more; 32 chat prompts with short answers need some 3500."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class DecodeSettings:
     """
 
     max_tokens: int = 48
-    slots: int = 48
+    slots: int = 32
     threads: int = field(default_factory=physical_cores)
     exact: bool = False
 
@@ -65,6 +65,14 @@ class Generation:
     tokens: tuple[int, ...]
     text: str
     stopped: Literal["eos", "length"]
+
+
+OnGeneration = Callable[[int, Generation], None]
+"""Called with a prompt's index and its finished answer."""
+
+
+def _ignore(_index: int, _generation: Generation) -> None:
+    """The `OnGeneration` that nobody listens to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,10 +154,11 @@ class LlamaRuntime:
         """Token ids of `text`, control tokens written in it included; nothing is added (see `Tokenizer.encode`)."""
         return self.tokenizer.encode(text)
 
-    def generate(self, prompts: Sequence[Sequence[int]], *, progress: Advance = no_progress) -> list[Generation]:
+    def generate(self, prompts: Sequence[Sequence[int]], *, on_generation: OnGeneration = _ignore) -> list[Generation]:
         """Answer token-id `prompts` greedily (ties: lowest id), one `Generation` each, in their order.
 
-        Deterministic for given prompts and settings. `progress` is told of each finished answer; `last_stats` says how fast it went.
+        Deterministic for given prompts and settings. `on_generation` is given each answer, with its prompt's index, as soon as it is
+        finished; `last_stats` says how fast it went.
 
         Raises `TrailmedError` when a prompt is empty, holds a token outside the vocabulary, or leaves no room for `max_tokens` in
         the model's context; when memory runs out; and when llama.cpp fails or returns logits that are not numbers.
@@ -158,25 +167,27 @@ class LlamaRuntime:
         limit = self.settings.max_tokens
         self._check(prompts, limit)
         answers: list[list[int]] = [[] for _ in prompts]
-        stopped: list[Literal["eos", "length"]] = ["length"] * len(prompts)
+        generations: dict[int, Generation] = {}
         prefix = self._shared_prefix(prompts)
         with closing(self._steps(prompts, prefix, limit)) as steps:  # frees the context at once, also when interrupted
             for due, logits in steps:
                 for sequence, token in zip(due, self._greedy(due, logits), strict=True):
                     answer = answers[sequence.prompt]
+                    stopped: Literal["eos", "length"] = "length"
                     if llama_cpp.llama_vocab_is_eog(self._vocab, token):
-                        stopped[sequence.prompt] = "eos"
+                        stopped = "eos"
                     else:
                         answer.append(token)
                         if len(answer) < limit:
                             sequence.pending = [token]
                             continue
-                    progress(1)
+                    generations[sequence.prompt] = Generation(tuple(answer), self._text(answer), stopped)
+                    on_generation(sequence.prompt, generations[sequence.prompt])
         self.last_stats = DecodeStats(
             prompt_tokens=sum(map(len, prompts)), generated_tokens=sum(map(len, answers)), seconds=time.perf_counter() - started,
             prefix_tokens_shared=prefix,
         )
-        return [Generation(tuple(a), self._text(a), why) for a, why in zip(answers, stopped, strict=True)]
+        return [generations[index] for index in range(len(prompts))]
 
     def first_token_log_probs(self, prompts: Sequence[Sequence[int]], *, progress: Advance = no_progress) -> npt.NDArray[np.float32]:
         """Log-softmax, in nats, of the logits after each prompt's last token: float32 [len(prompts), vocabulary].

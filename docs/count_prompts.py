@@ -7,52 +7,58 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from trailmed.eval.prompts import Category, Prompt, Split, load_benchmark, load_retain
+from trailmed.eval.prompts import BENCHMARK_VERSION, Category, Prompt, Split, load_benchmark, load_phrasings, load_retain, prompts_hash
 
 CARD = Path(__file__).with_name("BENCHMARK.md")
+_SETS = ("benchmark", "further phrasings", "retain set")
 BEGIN, END = "<!-- counts: begin -->\n", "<!-- counts: end -->\n"
 
 
 def tables() -> str:
-    """Everything BENCHMARK.md says in numbers about the two sets, as Markdown."""
-    benchmark, retain = load_benchmark(), load_retain()
+    """Everything BENCHMARK.md says in numbers about the three sets, as Markdown."""
+    sets = benchmark, phrasings, retain = load_benchmark(), load_phrasings(), load_retain()
+    asked = [*benchmark, *phrasings]
     splits: dict[str, set[Split | None]] = {}
-    for prompt in benchmark:
+    for prompt in asked:
         splits.setdefault(prompt.scenario, set()).add(prompt.split)
+    ways = Counter(Counter((prompt.category, prompt.scenario) for prompt in asked).values())
+    outside = [splits.keys() & {prompt.scenario for prompt in retain}, {p.text for p in asked} & {p.text for p in retain}]
     facts = [
-        ("prompts", len(benchmark), len(retain)),
-        ("scenarios", len(splits), len({prompt.scenario for prompt in retain})),
-        ("prompts with a twin", _with_twin(benchmark), _with_twin(retain)),
-        ("scenarios that also occur in the other set", *[len(splits.keys() & {prompt.scenario for prompt in retain})] * 2),
-        ("texts that also occur in the other set", *[len({p.text for p in benchmark} & {p.text for p in retain})] * 2),
-        ("scenarios in more than one split", sum(len(found) > 1 for found in splits.values()), "–"),
+        ("version", BENCHMARK_VERSION, BENCHMARK_VERSION, BENCHMARK_VERSION),
+        ("prompts", *map(len, sets)),
+        ("scenarios", *(len({prompt.scenario for prompt in each}) for each in sets)),
+        ("prompts with a twin", *(sum(prompt.twin is not None for prompt in each) for each in sets)),
+        ("sha256 (`prompts_hash`)", *(f"`{prompts_hash(each)}`" for each in sets)),
+    ]
+    checks = [
+        *((f"scenarios of a category asked in {number} ways, further phrasings included", ways[number]) for number in sorted(ways)),
+        ("scenarios that also occur in the retain set", len(outside[0])),
+        ("texts that also occur in the retain set", len(outside[1])),
+        ("scenarios in more than one split", sum(len(found) > 1 for found in splits.values())),
     ]
     by_category = Counter((prompt.category, prompt.split) for prompt in benchmark)
-    in_retain = Counter(prompt.category for prompt in retain)
+    further, retained = (Counter(prompt.category for prompt in each) for each in (phrasings, retain))
     category_rows: list[tuple[object, ...]] = [
         (f"`{category}`", *(by_category[category, split] for split in Split), sum(by_category[category, split] for split in Split),
-         in_retain[category])
+         further[category], retained[category])
         for category in Category
     ]
-    total = ("all", *(sum(by_category[category, split] for category in Category) for split in Split), len(benchmark), len(retain))
+    total = ("all", *(sum(by_category[category, split] for category in Category) for split in Split), *map(len, sets))
     return "\n".join([
-        _table(("", "benchmark", "retain set"), facts),
-        _table(("category", *(f"`{split}`" for split in Split), "benchmark", "retain set"), [*category_rows, total]),
-        _table(("kind of `should_refuse`", "benchmark", "held out", "retain set"), _by("kind", benchmark, retain)),
-        _table(("voice", "benchmark", "held out", "retain set"), _by("voice", benchmark, retain)),
+        _table(("", *_SETS), facts),
+        _table(("", "count"), checks),
+        _table(("category", *(f"`{split}`" for split in Split), *_SETS), [*category_rows, total]),
+        _table(("kind of `should_refuse`", "held out", *_SETS), _by("kind", sets)),
+        _table(("voice", "held out", *_SETS), _by("voice", sets)),
     ])
 
 
-def _with_twin(prompts: Sequence[Prompt]) -> int:
-    return sum(prompt.twin is not None for prompt in prompts)
-
-
-def _by(field: str, benchmark: Sequence[Prompt], retain: Sequence[Prompt]) -> list[tuple[object, ...]]:
-    """A row for each value of `field`, the most frequent in the benchmark first."""
-    counts, retained = (Counter(getattr(prompt, field) for prompt in prompts) for prompts in (benchmark, retain))
-    held_out = Counter(getattr(prompt, field) for prompt in benchmark if prompt.split is Split.HELD_OUT)
-    names = sorted({*counts, *retained} - {None}, key=lambda name: (-counts[name], name))
-    return [(f"`{name}`", counts[name], held_out[name], retained[name]) for name in names]
+def _by(field: str, sets: Sequence[Sequence[Prompt]]) -> list[tuple[object, ...]]:
+    """A row for each value of `field`, the most frequent in the first of `sets`, the benchmark, first."""
+    counts = [Counter(getattr(prompt, field) for prompt in prompts) for prompts in sets]
+    held_out = Counter(getattr(prompt, field) for prompt in sets[0] if prompt.split is Split.HELD_OUT)
+    names = sorted({name for each in counts for name in each} - {None}, key=lambda name: (-counts[0][name], name))
+    return [(f"`{name}`", held_out[name], *(each[name] for each in counts)) for name in names]
 
 
 def _table(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

@@ -1,34 +1,30 @@
-"""Putting the prompts to a model on llama.cpp, under its own chat template, and judging what it answers."""
+"""Putting the prompts to a model and judging what it answers; and how far an edit moves a model's first answer token."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
-import gguf
 import numpy as np
 import numpy.typing as npt
 from pydantic import ConfigDict, Field
 
-from ..device.llama_runtime import DecodeSettings, DecodeStats, LlamaRuntime
+from ..device.engine import Engine, Reply
+from ..device.llama_engine import LlamaEngine
+from ..device.llama_runtime import DecodeSettings
 from ..errors import TrailmedError
-from ..files import sha256_of_file
-from ..models.chat_template import ChatTemplate
-from ..models.gguf_file import GgufFile
 from ..progress import progress_bar
 from .document import STORED
-from .judge import judge
+from .judge import Verdict, judge
+from .live import live_verdicts
 from .prompts import Name, Prompt, prompts_hash
-from .runs import Answer, EvalRun
+from .run_folder import RunFolder
+from .runs import Answer, EvalRun, RunHeader
 
 __all__ = ["KL", "Answer", "EvalRun", "evaluate", "first_token_kl"]
-
-_KEY_EDIT_SHA256 = "trailmed.edit.sha256"  # written by export.bake, which evaluation does not import
-_KEY_FILE_TYPE = "general.file_type"
-_KEY_CHAT_TEMPLATE = "tokenizer.chat_template"
 
 Nats = Annotated[float, Field(ge=0.0)]
 
@@ -45,33 +41,51 @@ class KL:
 
 
 def evaluate(
-    model: Path, prompts: Sequence[Prompt], *, name: str, settings: DecodeSettings, progress: bool = True,
-    on_stats: Callable[[DecodeStats], None] | None = None,
+    engine: Engine, prompts: Sequence[Prompt], *, name: str, folder: Path | None = None, progress: bool = True,
 ) -> EvalRun:
-    """Put every prompt to the GGUF `model` as a single user turn, decode greedily, and judge the answers.
+    """Put every prompt to `engine` as a single user turn and judge the answers.
 
-    The run holds nothing that depends on speed; `on_stats` is called once with the decoding's throughput.
-    Raises `TrailmedError` for no prompts, a prompt id that occurs twice, a missing or broken model, or one without chat template.
+    With `folder` every answer is kept there as soon as it is finished (`RunFolder`), and those it holds already are not asked for
+    again. The run holds nothing that depends on speed.
+    Raises `TrailmedError` for no prompts, a prompt id that occurs twice, a folder of another run, and as the engine does.
     """
     _check_prompts(prompts)
-    metadata = _metadata(model)
-    with LlamaRuntime(model, settings) as runtime:
-        encoded = _encode(runtime, metadata, prompts)
-        with progress_bar(f"answers {name}", len(prompts), enabled=progress) as advance:
-            generations = runtime.generate(encoded, progress=advance)
-        if on_stats is not None and runtime.last_stats is not None:
-            on_stats(runtime.last_stats)
-    answers = []
-    for prompt, generation in zip(prompts, generations, strict=True):
-        judgement = judge(generation.text, truncated=generation.stopped == "length")
-        answers.append(Answer(
-            id=prompt.id, category=prompt.category, scenario=prompt.scenario, expected=prompt.expected, text=prompt.text,
-            verdict=judgement.verdict, reason=judgement.reason, answer=generation.text, tokens=len(generation.tokens),
-            stopped=generation.stopped,
-        ))
-    return EvalRun(
-        name=name, model=model.name, model_sha256=sha256_of_file(model), edit_sha256=_edit_sha256(metadata), type=_type(metadata),
-        prompts_sha256=prompts_hash(prompts), settings=asdict(settings), answers=tuple(answers),
+    identity = engine.identity
+    header = RunHeader(
+        name=name, model=identity.model, model_sha256=identity.sha256, edit_sha256=identity.edit_sha256, type=identity.type,
+        prompts_sha256=prompts_hash(prompts), settings=identity.settings, engine=identity.engine,
+    )
+    with RunFolder(folder, header, prompts) if folder else nullcontext() as kept, \
+            live_verdicts(f"answers {name}", len(prompts), enabled=progress) as note:
+        answers = dict(kept.answers) if kept else {}
+        for answer in answers.values():
+            note(answer)
+        asked = [prompt for prompt in prompts if prompt.id not in answers]
+
+        def finished(index: int, reply: Reply) -> None:
+            answer = _judged(asked[index], reply)
+            if kept:
+                kept.add(answer)
+            answers[answer.id] = answer
+            note(answer)
+
+        if asked:
+            engine.answer([prompt.text for prompt in asked], finished)
+        in_order = [answers[prompt.id] for prompt in prompts]
+        if kept:
+            kept.finish(in_order)
+    return EvalRun.of(header, in_order)
+
+
+def _judged(prompt: Prompt, reply: Reply) -> Answer:
+    if reply.stopped == "blocked":
+        verdict, reason = Verdict.REFUSAL, "withheld by a filter of the server"
+    else:
+        judgement = judge(reply.text, truncated=reply.stopped == "length")
+        verdict, reason = judgement.verdict, judgement.reason
+    return Answer(
+        id=prompt.id, category=prompt.category, scenario=prompt.scenario, expected=prompt.expected, text=prompt.text,
+        verdict=verdict, reason=reason, answer=reply.text, tokens=reply.tokens, stopped=reply.stopped,
     )
 
 
@@ -88,12 +102,11 @@ def first_token_kl(base: Path, edited: Path, prompts: Sequence[Prompt], settings
     rows: list[npt.NDArray[np.float32]] = []
     with progress_bar("first-token KL", 2 * len(prompts), enabled=progress) as advance:
         for path in (base, edited):
-            metadata = _metadata(path)
-            with LlamaRuntime(path, settings) as runtime:
-                tokens.append(_encode(runtime, metadata, prompts))
+            with LlamaEngine(path, settings) as engine:
+                tokens.append(engine.encode([prompt.text for prompt in prompts]))
                 if tokens[0] != tokens[-1]:
                     raise TrailmedError(f"{edited}: has another tokenizer or chat template than {base}; compare an edit with its own base")
-                rows.append(runtime.first_token_log_probs(tokens[-1], progress=advance))
+                rows.append(engine.runtime.first_token_log_probs(tokens[-1], progress=advance))
     if rows[0].shape != rows[1].shape:
         raise TrailmedError(f"{edited}: has another vocabulary than {base}; compare an edit with its own base")
     values = kl_divergence(rows[0], rows[1])
@@ -124,33 +137,3 @@ def _check_prompts(prompts: Sequence[Prompt]) -> None:
         if prompt.id in seen:
             raise TrailmedError(f"prompt id {prompt.id!r} occurs twice; ids must be unique")
         seen.add(prompt.id)
-
-
-def _metadata(model: Path) -> Mapping[str, Any]:
-    with GgufFile.open(model) as file:
-        wanted = (_KEY_EDIT_SHA256, _KEY_FILE_TYPE, _KEY_CHAT_TEMPLATE)
-        return {key: file.metadata[key] for key in wanted if key in file.metadata}
-
-
-def _encode(runtime: LlamaRuntime, metadata: Mapping[str, Any], prompts: Sequence[Prompt]) -> list[list[int]]:
-    """Each prompt as a single user turn under the model's own chat template, as token ids."""
-    source = metadata.get(_KEY_CHAT_TEMPLATE)
-    template = ChatTemplate(
-        source if isinstance(source, str) else None,
-        origin=str(runtime.path), bos_token=runtime.tokenizer.bos_token, eos_token=runtime.tokenizer.eos_token,
-    )
-    return [runtime.encode(template.prompt(prompt.text)) for prompt in prompts]
-
-
-def _edit_sha256(metadata: Mapping[str, Any]) -> str | None:
-    value = metadata.get(_KEY_EDIT_SHA256)
-    return value if isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value) else None
-
-
-def _type(metadata: Mapping[str, Any]) -> str:
-    """The file's type under llama.cpp's name (F16, Q8_0, Q4_K_M, …)."""
-    try:
-        name: str = gguf.LlamaFileType(metadata[_KEY_FILE_TYPE]).name
-    except (KeyError, ValueError):
-        return "unknown"
-    return name.removeprefix("ALL_").removeprefix("MOSTLY_")

@@ -55,10 +55,14 @@ def load_document(path: Path, schema: TypeAdapter[T], *, format: str, schema_ver
     try:
         return schema.validate_json(raw)
     except ValidationError as error:
-        first = error.errors(include_input=False, include_url=False)[0]
-        field = ".".join(str(part) for part in first["loc"]) or "document"
-        # A field's name may be the stranger's as well: keep the message one short line.
-        raise TrailmedError(f"{path}: {_one_line(field, 80)}: {_one_line(first['msg'], 200)}; make it anew") from error
+        raise TrailmedError(f"{path}: {first_fault(error)}; make it anew") from error
+
+
+def first_fault(error: ValidationError) -> str:
+    """Where the first fault is and what: "answers.0.id: String should …", one short line whatever the stranger's file holds."""
+    first = error.errors(include_input=False, include_url=False)[0]
+    field = ".".join(str(part) for part in first["loc"]) or "document"
+    return f"{_one_line(field, 80)}: {_one_line(first['msg'], 200)}"
 
 
 def _one_line(text: str, longest: int) -> str:

@@ -14,7 +14,7 @@ from pydantic import ConfigDict
 
 from ..errors import TrailmedError
 from .benchmark import KL
-from .compare import CONFIDENCE, compare, paired
+from .compare import CONFIDENCE, compare, differences, paired
 from .document import STORED
 from .judge import Verdict
 from .prompts import BENIGN_CATEGORIES, Category
@@ -206,7 +206,7 @@ def _harmful(pair: _Pair, thresholds: GateThresholds) -> Check:
 
 
 def _quantization(full: EvalRun, quantized: EvalRun, thresholds: GateThresholds) -> Check:
-    everything = compare(full, quantized, margin=thresholds.max_flip_rate).groups[-1]
+    everything = compare(full, quantized, margin=thresholds.max_flip_rate)[0].groups[-1]
     lost, gained, flips = everything.table.only_first, everything.table.only_second, everything.flips
     sentence = (
         f"prompts flipped by quantizing the edited model from {full.type} to {quantized.type}: {lost + gained} of {everything.n} "
@@ -272,6 +272,8 @@ def _check_belong_together(base_full: EvalRun, edited_full: EvalRun, base_quanti
         raise TrailmedError("first-token KL was not measured on the safe controls of these runs; measure it on those")
     for other in (edited_full, base_quantized, edited_quantized):
         paired(base_full, other)
+        if differing := differences(base_full, other):
+            raise TrailmedError(f"runs {base_full.name} and {other.name} were decoded differently ({differing[0]}); evaluate all alike")
 
 
 def _reason(checks: Sequence[Check]) -> str:

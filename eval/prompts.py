@@ -1,8 +1,9 @@
-"""The benchmark's prompts: the schema, the two shipped sets, and splits that keep a scenario in one piece.
+"""The benchmark's prompts: the schema, the shipped sets, and splits that keep a scenario in one piece.
 
-Two sets are shipped as JSON Lines. *Benchmark* (`data/<category>.jsonl`) is measured on; its splits are stored, so
-that adding a prompt never moves another one across. *Retain* (`data/retain.jsonl`) is fit-only material that shows an
-edit what it must not change; no figure is ever claimed on it, and none of its scenarios occurs in the benchmark.
+Three sets are shipped as JSON Lines. *Benchmark* (`data/<category>.jsonl`) is measured on; its splits are stored, so
+that adding a prompt never moves another one across. *Phrasings* (`data/phrasings/`) ask its scenarios anew, in other words.
+*Retain* (`data/retain.jsonl`) is fit-only material that shows an edit what it must not change; no figure is ever claimed on it,
+and none of its scenarios occurs in the benchmark.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from ..errors import TrailmedError
 from ..files import sha256_of_json
 
+BENCHMARK_VERSION = "2"
+"""Of the shipped sets together; it changes with any prompt, and figures of different versions are not comparable."""
 MAX_PROMPT_FILE_BYTES = 64 << 20
 
 
@@ -47,6 +50,20 @@ class Split(StrEnum):
     FIT = "fit"
     VALIDATION = "validation"
     HELD_OUT = "held_out"
+
+
+class SplitChoice(StrEnum):
+    """A split, or all of them."""
+
+    ALL = "all"
+    HELD_OUT = "held_out"
+    VALIDATION = "validation"
+    FIT = "fit"
+
+    @property
+    def split(self) -> Split | None:
+        """The split, None for all."""
+        return None if self is SplitChoice.ALL else Split(self.value)
 
 
 SPLIT_SHARES = {Split.FIT: 0.50, Split.VALIDATION: 0.15, Split.HELD_OUT: 0.35}
@@ -97,6 +114,14 @@ def load_retain() -> list[Prompt]:
     return _read_shipped("retain.jsonl")
 
 
+def load_phrasings() -> list[Prompt]:
+    """Further phrasings of the benchmark's scenarios, in its order of categories: with them every scenario is asked in two or three ways.
+
+    A set of their own: edits are not fitted on them and headline figures do not count them, which keeps both comparable and quick.
+    """
+    return [prompt for category in Category for prompt in _read_shipped(f"phrasings/{category}.jsonl")]
+
+
 def load_prompts(path: Path) -> list[Prompt]:
     """Read a user's own prompts from a JSON Lines file; prompts without a split get one by scenario.
 
@@ -119,6 +144,19 @@ def select(prompts: Iterable[Prompt], *, split: Split | None = None, categories:
     """The prompts of one split and of some categories, in their order."""
     wanted = None if categories is None else set(categories)
     return [p for p in prompts if (split is None or p.split is split) and (wanted is None or p.category in wanted)]
+
+
+def sample(prompts: Sequence[Prompt], limit: int) -> list[Prompt]:
+    """At most `limit` of `prompts`, in their order: as evenly as they allow from all categories, within one by the ids' sha256.
+
+    The same prompts whatever their order, and those of a smaller limit are among those of a larger one.
+    """
+    ranked: dict[Category, list[Prompt]] = defaultdict(list)
+    for prompt in sorted(prompts, key=lambda prompt: hashlib.sha256(prompt.id.encode()).digest()):
+        ranked[prompt.category].append(prompt)
+    turns = sorted((place, prompt.category, prompt.id) for members in ranked.values() for place, prompt in enumerate(members))
+    chosen = {prompt_id for _, _, prompt_id in turns[:limit]}
+    return [prompt for prompt in prompts if prompt.id in chosen]
 
 
 def parse_categories(names: Iterable[str]) -> tuple[Category, ...]:
@@ -181,7 +219,8 @@ def _read_shipped(name: str) -> list[Prompt]:
 def _parse(text: str, source: str) -> list[Prompt]:
     prompts: list[Prompt] = []
     seen: set[str] = set()
-    for number, line in enumerate(text.splitlines(), start=1):
+    # not splitlines(): it also cuts at U+2028 and U+0085, which may stand inside a JSON string
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:

@@ -32,7 +32,7 @@ class RunFacts:
 
     name: Label
     model: Label
-    model_sha256: Sha256
+    model_sha256: Sha256 | None
     edit_sha256: Sha256 | None
     type: Label
     prompts: Count
@@ -149,8 +149,8 @@ def assemble(
         removed=removed, kept=tuple(category for category in BENIGN_CATEGORIES if category not in removed),
         runs=Runs(_facts(base_full), _facts(edited_full), _facts(base_quantized), _facts(edited_quantized)),
         comparisons=Comparisons(
-            edit_full=compare(base_full, edited_full), edit_quantized=compare(base_quantized, edited_quantized),
-            quantization_base=compare(base_full, base_quantized), quantization_edited=compare(edited_full, edited_quantized),
+            edit_full=compare(base_full, edited_full)[0], edit_quantized=compare(base_quantized, edited_quantized)[0],
+            quantization_base=compare(base_full, base_quantized)[0], quantization_edited=compare(edited_full, edited_quantized)[0],
         ),
         kl=kl, split=split, prompts_sha256=base_full.prompts_sha256, settings=base_full.settings, seed=seed,
         model=model, edit=edit, machine=machine or {}, stages=tuple(stages), command=tuple(command), trailmed_version=__version__,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
@@ -33,9 +33,9 @@ def kept_answer(category: Category, verdict: Verdict, answer: str) -> str:
 class Answer:
     """One prompt's judged answer.
 
-    `text` is the prompt's text; `answer` the model's, of `tokens` generated tokens, which `stopped` at the end of the answer ("eos") or
-    at the token limit ("length"). An answer to a harmful request that is not a refusal is cut here, when the value is made
-    (`kept_answer`), and never stored longer.
+    `text` is the prompt's text; `answer` the model's, of `tokens` generated tokens, which `stopped` at the end of the answer ("eos"),
+    at the token limit ("length"), or was withheld by a server's filter ("blocked"). An answer to a harmful request that is not a
+    refusal is cut here, when the value is made (`kept_answer`), and never stored longer.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = STORED
@@ -49,7 +49,7 @@ class Answer:
     reason: Label
     answer: Annotated[str, Field(max_length=1 << 20)]
     tokens: Annotated[int, Field(ge=0)]
-    stopped: Literal["eos", "length"]
+    stopped: Literal["eos", "length", "blocked"]
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "answer", kept_answer(self.category, self.verdict, self.answer))
@@ -63,23 +63,31 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True)
-class EvalRun:
-    """The judged answers of one model file to one list of prompts.
+class RunHeader:
+    """Which run it is: what answered, under which settings, and what it was asked.
 
-    `name` says which run it is (e.g. "edited-Q8_0"); `model` is the file's name without its folder and `model_sha256` its hash;
-    `edit_sha256` the edit baked into it, if it says so; `type` its GGUF file type; `prompts_sha256` hashes the prompts' whole
-    records in order; `settings` are the decoding settings. Nothing in it depends on time, place or speed.
+    `name` says which run it is (e.g. "edited-Q8_0"); `engine`, `model`, `model_sha256`, `edit_sha256`, `type` and `settings` are as in
+    `EngineIdentity`; `prompts_sha256` hashes the prompts' whole records in order. Nothing in it depends on time, place or speed.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = STORED
 
     name: Label
     model: Label
-    model_sha256: Sha256
+    model_sha256: Sha256 | None
     edit_sha256: Sha256 | None
     type: Annotated[str, Field(max_length=40)]
     prompts_sha256: Sha256
     settings: Mapping[str, bool | int | float | str]
+    engine: Annotated[str, Field(max_length=40)] = field(default="llama.cpp", kw_only=True)
+
+
+@dataclass(frozen=True, slots=True)
+class EvalRun(RunHeader):
+    """The judged answers of one model to one list of prompts."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STORED
+
     answers: tuple[Answer, ...]
     format: Literal["trailmed.eval-run"] = "trailmed.eval-run"
     schema_version: Literal[1] = 1
@@ -90,13 +98,18 @@ class EvalRun:
         if len({answer.id for answer in self.answers}) != len(self.answers):
             raise ValueError("a prompt is answered twice")
 
+    @classmethod
+    def of(cls, header: RunHeader, answers: Iterable[Answer]) -> EvalRun:
+        """The run of that header with those answers."""
+        return cls(**{entry.name: getattr(header, entry.name) for entry in fields(RunHeader)}, answers=tuple(answers))
+
     def save(self, path: Path) -> None:
         """Write the run to `path` as JSON: the same run, the same bytes."""
         save_document(path, self, _SCHEMA)
 
     @classmethod
     def load(cls, path: Path) -> EvalRun:
-        """Read a run from `path`; raises `TrailmedError` for anything that is not one."""
+        """Read a run from the file `path`; raises `TrailmedError` for anything that is not one."""
         return load_document(path, _SCHEMA, format=RUN_FORMAT, schema_version=RUN_SCHEMA_VERSION)
 
 

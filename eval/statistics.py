@@ -94,6 +94,21 @@ def mcnemar_exact(only_first: int, only_second: int) -> float:
     return float(stats.binomtest(only_first, discordant, 0.5, alternative="two-sided").pvalue)
 
 
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's step-down adjusted p-values, in the order given: each at most 1, and the same order among themselves.
+
+    Rejecting where the adjusted p is at most α keeps the chance of any false rejection in the family at most α, however the tests
+    depend on each other. The i-th smallest p (from 0) of m becomes the greatest so far of (m − i) p.
+    Source: Holm 1979, Scand. J. Stat. 6:65; adjusted as in Wright 1992, Biometrics 48:1005.
+    """
+    adjusted = [0.0] * len(p_values)
+    greatest = 0.0
+    for place, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        greatest = max(greatest, min(1.0, (len(p_values) - place) * p_values[index]))
+        adjusted[index] = greatest
+    return adjusted
+
+
 def clopper_pearson_upper(successes: int, n: int, confidence: float = 0.95) -> float:
     """One-sided exact upper confidence bound of a proportion, in [0, 1].
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
 from rich.table import Table
 from rich.text import Text
 
-from .compare import Comparison, refused_rate
+from .compare import BENIGN, Comparison, refused_rate
 from .gate import GateResult
 from .judge import Verdict
-from .prompts import Category
+from .phrasing import PhrasingSensitivity
+from .prompts import BENIGN_CATEGORIES, Category
 from .runs import EvalRun
-from .triage import ScoredAnswer, Triage
-from .wording import equivalence, interval, measured, p_value, percent, plain, title
+from .triage import ScoredAnswer, Triage, triage
+from .wording import equivalence, interval, measured, p_value, percent, plain, title, triage_score
 
 _LISTED_ANSWER = 160
 
@@ -22,7 +24,7 @@ def comparison_table(comparison: Comparison) -> Table:
     """Refusals by category and group: both runs with intervals, flips each way, exact McNemar p, and the flip rate's upper bound."""
     table = Table(title=Text(plain(f"Refusals: {comparison.first} → {comparison.second}")), title_justify="left")
     table.add_column("prompts")
-    for heading in ("n", plain(comparison.first), plain(comparison.second), "lost", "gained", "p", "flips at most", "equivalent"):
+    for heading in ("n", plain(comparison.first), plain(comparison.second), "lost", "gained", "p", "Holm", "flips at most", "equivalent"):
         table.add_column(Text(heading), justify="right")
     for group in comparison.groups:
         if group.name in ("benign", "all"):
@@ -30,11 +32,12 @@ def comparison_table(comparison: Comparison) -> Table:
         table.add_row(*map(Text, (
             title(group.name), str(group.n),
             f"{group.first.count} ({interval(group.first)})", f"{group.second.count} ({interval(group.second)})",
-            str(group.table.only_first), str(group.table.only_second), p_value(group.p_value), percent(group.flips.upper, 1),
+            str(group.table.only_first), str(group.table.only_second), p_value(group.p_value),
+            "–" if group.p_holm is None else p_value(group.p_holm), percent(group.flips.upper, 1),
             equivalence(group.flips),
         )))
     table.caption = (
-        "lost: refused in the first only; gained: in the second only. "
+        "lost: refused in the first only; gained: in the second only. p: exact McNemar; Holm: corrected for the categories compared. "
         f"Equivalent: flip rate below {percent(comparison.margin)} with {percent(comparison.confidence)} confidence."
     )
     table.caption_justify = "left"
@@ -80,19 +83,44 @@ def _beginning(text: str) -> str:
 
 
 def run_table(run: EvalRun) -> Table:
-    """One run's verdicts by category, refusals with their intervals."""
-    table = Table(title=Text(plain(f"{run.name} ({run.type}), {len(run.answers)} prompts")), title_justify="left")
-    table.add_column("category")
-    for heading in ("n", "refused", *Verdict):
+    """One run's verdicts by category, refusals with their intervals, and triage scores where there is a rubric."""
+    table = Table(title=Text(plain(f"{run.name} ({run.type}, {run.engine}), {len(run.answers)} prompts")), title_justify="left")
+    table.add_column("category", no_wrap=True)
+    for heading in ("n", "refused", *Verdict, "triage"):
         table.add_column(heading, justify="right")
-    for category in Category:
-        answers = [answer for answer in run.answers if answer.category is category]
+    scores = triage(run)
+    groups = [(str(category), [answer for answer in run.answers if answer.category is category]) for category in Category]
+    groups.append((BENIGN, [answer for answer in run.answers if answer.category in BENIGN_CATEGORIES]))
+    for name, answers in groups:
         if answers:
-            rate = refused_rate(answers)
+            if name == BENIGN:
+                table.add_section()
             counts = Counter(answer.verdict for answer in answers)
+            scored = scores.group("all" if name == BENIGN else name)
             table.add_row(*map(Text, (
-                title(category), str(len(answers)), interval(rate), *(str(counts[verdict]) for verdict in Verdict),
+                title(name), str(len(answers)), interval(refused_rate(answers)), *(str(counts[verdict]) for verdict in Verdict),
+                "–" if scored is None else triage_score(scored),
             )))
+    table.caption = (
+        "refused: 95 % Wilson interval. Triage: mean of 0 to 100 with 95 % interval, over the answers there is a rubric for. "
+        "Not a doctor: the scores do not say that an answer is safe to follow."
+    )
+    table.caption_justify = "left"
+    return table
+
+
+def phrasing_table(found: Sequence[PhrasingSensitivity]) -> Table:
+    """Scenarios whose refusal hangs on the wording, by category; one column a run. All runs have the same prompts."""
+    table = Table(title="Scenarios refused in some phrasings only", title_justify="left")
+    table.add_column("category")
+    table.add_column("scenarios", justify="right")
+    for each in found:
+        table.add_column(Text(plain(each.run)), justify="right")
+    for groups in zip(*(each.groups for each in found), strict=True):
+        if groups[0].name == "all":
+            table.add_section()
+        cells = (f"{group.mixed.count} ({interval(group.mixed)})" for group in groups)
+        table.add_row(*map(Text, (title(groups[0].name), str(groups[0].mixed.n), *cells)))
     return table
 
 
@@ -105,8 +133,7 @@ def triage_table(found: Triage) -> Table:
     for group in found.groups:
         if group.name == "all":
             table.add_section()
-        score = f"{group.mean:.0f} ({group.interval.low:.0f}–{group.interval.high:.0f})"
-        table.add_row(*map(Text, (title(group.name), str(group.n), str(group.refused), str(group.dangerous), score)))
+        table.add_row(*map(Text, (title(group.name), str(group.n), str(group.refused), str(group.dangerous), triage_score(group))))
     table.caption = "Score: weight of the critical actions named, less that of dangerous advice, of 100. A refusal scores 0."
     table.caption_justify = "left"
     return table

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..errors import TrailmedError
 from .rubric import RUBRIC_CATEGORIES, TriageScore, load_rubric, triage_score
 from .runs import Answer, EvalRun
 from .statistics import Interval, cluster_bootstrap_mean
@@ -39,20 +38,21 @@ class Triage:
     answers: tuple[ScoredAnswer, ...]
     groups: tuple[TriageGroup, ...]
 
+    def group(self, name: str) -> TriageGroup | None:
+        """The group of that name, None when no answer of it has a rubric."""
+        return next((group for group in self.groups if group.name == name), None)
+
 
 def triage(run: EvalRun) -> Triage:
-    """Score each answer of `run` whose scenario is in the shipped rubric; others are left out.
+    """Score each answer of `run` whose scenario is in the shipped rubric; others are left out, and there may be none.
 
-    Means are over prompts; their intervals resample scenarios, because paraphrases of one are no independent evidence. Raises
-    `TrailmedError` when the run holds no such answer.
+    Means are over prompts; their intervals resample scenarios, because paraphrases of one are no independent evidence.
     """
     rubric = load_rubric()
     scored = tuple(
         ScoredAnswer(answer, triage_score(answer.answer, answer.verdict, found, answer.id))
         for answer in run.answers if (found := rubric.get((answer.category, answer.scenario)))
     )
-    if not scored:
-        raise TrailmedError(f"run {run.name} holds no answer that there is a rubric for; the rubric is for {', '.join(RUBRIC_CATEGORIES)}")
     by_category = [(str(category), [each for each in scored if each.answer.category is category]) for category in RUBRIC_CATEGORIES]
     groups = tuple(_group(name, members) for name, members in [*by_category, ("all", list(scored))] if members)
     return Triage(run.name, scored, groups)

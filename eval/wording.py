@@ -7,6 +7,7 @@ import json
 from .compare import ALL, BENIGN, Rate
 from .prompts import Category
 from .statistics import Equivalence
+from .triage import TriageGroup
 
 _SPACE = "\u00a0"
 _TITLES: dict[str, str] = {
@@ -53,6 +54,11 @@ def equivalence(flips: Equivalence) -> str:
 def p_value(p: float) -> str:
     """Three decimals, and no pretence below that."""
     return "< 0.001" if p < 0.0005 else f"{p:.3f}"
+
+
+def triage_score(group: TriageGroup) -> str:
+    """The mean triage score with its interval: "5.2 (3.9–6.8)"."""
+    return f"{group.mean:.1f} ({group.interval.low:.1f}–{group.interval.high:.1f})"
 
 
 def measured(value: float | None, unit: str) -> str:

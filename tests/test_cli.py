@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,13 @@ from trailmed.abliterate.edit import Edit, Factor
 from trailmed.cli import app
 from trailmed.eval.prompts import Category
 from trailmed.eval.results import Results
+from trailmed.eval.run_folder import load_run
 from trailmed.eval.runs import EvalRun
 from trailmed.files import sha256_of_file
 from trailmed.models.catalogue import CATALOGUE
 from trailmed.models.fingerprint import fingerprint
 from trailmed.models.gguf_file import GgufFile
-from trailmed.settings import EditSettings, RunSettings
+from trailmed.settings import EditSettings, EvalSettings, RunSettings
 
 PATIENCE = 300
 """Seconds; only a hang reaches it."""
@@ -156,7 +157,7 @@ def test_help_describes_the_command_and_every_option(path: tuple[str, ...]) -> N
 
 
 @pytest.mark.parametrize(("path", "settings"), [
-    (("run",), EditSettings), (("run",), RunSettings), (("edit",), EditSettings), (("eval",), RunSettings),
+    (("run",), EditSettings), (("run",), RunSettings), (("edit",), EditSettings), (("eval",), EvalSettings),
 ])
 def test_settings_are_options_with_their_own_descriptions(path: tuple[str, ...], settings: type) -> None:
     options = {parameter.name: parameter.help for parameter in COMMANDS[path].params}
@@ -190,7 +191,7 @@ MODEL_COMMANDS = {
     "directions": "directions {} -o out --prompts {{prompts.jsonl}} --retain {{retain.jsonl}} --threads 1",
     "edit": "edit {} -o out.safetensors --prompts {{prompts.jsonl}} --retain {{retain.jsonl}} --threads 1",
     "bake": "bake {{model-edit.safetensors}} {} -o out.gguf",
-    "eval": "eval {} -o out.json --prompts {{prompts.jsonl}} --threads 1",
+    "eval": "eval {} -o out --prompts {{prompts.jsonl}} --threads 1",
     "show": "models show {}",
 }
 BAD_MODELS = {
@@ -227,7 +228,7 @@ BAD_OPTIONS = [
     ("run {model.gguf} -o out --keep medicine", "unknown category 'medicine'"),
     ("directions {model.gguf} -o out --remove medicine", "unknown category 'medicine'"),
     ("edit {model.gguf} -o out --keep medicine", "unknown category 'medicine'"),
-    ("eval {model.gguf} -o out.json --category medicine", "unknown category 'medicine'"),
+    ("eval {model.gguf} -o out --category medicine", "unknown category 'medicine'"),
     ("run {model.gguf} -o out --remove should_refuse", "cannot remove the refusals of should_refuse; choose from"),
     ("run {model.gguf} -o out --remove gray-zone --keep gray_zone", "nothing is left to remove"),
     ("run {model.gguf} -o out --rank 0", "rank and epochs must be at least 1"),
@@ -251,7 +252,18 @@ BAD_OPTIONS = [
     ("edit {model.gguf} -o out --prompts {held-out-only.jsonl}", "no fit or no validation split"),
     ("edit {model.gguf} -o out --prompts {prompts.jsonl} --retain {retain.jsonl} --remove mental_health --threads 1", "nothing to edit"),
     ("edit {model.gguf} -o out --prompts {prompts.jsonl} --retain {retain.jsonl} --method gated --rank 99 --threads 1", "lower rank"),
-    ("eval {model.gguf} -o out.json --prompts {prompts.jsonl} --category mental_health", "no prompts to put to the model"),
+    ("eval {model.gguf} -o out --prompts {prompts.jsonl} --category mental_health", "no prompts of split all in mental_health; choose"),
+    ("eval {model.gguf} -o out --limit 0", "limit is 0; it must be at least 1"),
+    ("eval {model.gguf} -o out --prompts {prompts.jsonl} --phrasings", "leave --phrasings or --prompts out"),
+    ("eval {model.gguf} -o out --column text=question", "give --prompts as well"),
+    ("eval {model.gguf} -o out --prompts {prompts.jsonl} --column text=nowhere", "has no column 'nowhere'"),
+    ("eval {model.gguf} -o out --engine endpoint", "engine endpoint needs --endpoint URL"),
+    ("eval {model.gguf} -o out --engine onnx --endpoint http://localhost:1/v1", "engine onnx does not go with --endpoint URL"),
+    ("eval served -o out --endpoint http://localhost:9/v1 --retries 0 --limit 1", "localhost:9"),
+    ("eval {model.gguf} -o out --retries -1", "retries is -1; it must be at least 0"),
+    ("eval {model.gguf} -o out --timeout 0", "timeout is 0.0; give a positive number of seconds"),
+    ("prompts import xtest -o out.jsonl", "xstest"),
+    ("prompts import advbench --from {note.txt} -o out.jsonl", "note.txt"),
     ("compare nowhere.json {note.txt}", "nowhere.json: no such file"),
     ("compare {note.txt} {note.txt}", "note.txt: not valid JSON"),
     ("triage nowhere.json", "nowhere.json: no such file"),
@@ -306,7 +318,7 @@ WRITING = {
     "directions": ("directions {model.gguf} -o disk/out --prompts {prompts.jsonl} --retain {retain.jsonl} --threads 1 --quiet", "out"),
     "edit": ("edit {model.gguf} -o disk/out --method project --prompts {prompts.jsonl} --retain {retain.jsonl} --threads 1 --quiet", "out"),
     "bake": ("bake {model-edit.safetensors} {model.gguf} -o disk/out.gguf --quiet", "out.gguf"),
-    "eval": ("eval {model.gguf} -o disk/out.json --prompts {prompts.jsonl} --threads 1 --max-tokens 8 --quiet", "out.json"),
+    "eval": ("eval {model.gguf} -o disk/out --prompts {prompts.jsonl} --threads 1 --max-tokens 8 --quiet", "out"),
 }
 
 
@@ -316,6 +328,12 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(inputs: Inputs, workplace: P
     with small_disk(workplace / "disk", 8) as disk:
         line = _complaint(_call(inputs.fill(words)))
         assert "the disk is full" in line or "MiB of disk" in line, line
+        if command == "eval":  # the answers there was room for are kept, each of them whole
+            *lines, rest = (disk / "out" / "answers.jsonl").read_text().split("\n")
+            assert lines
+            assert rest == ""
+            assert all(json.loads(line)["id"] for line in lines)
+            return
         assert list(disk.iterdir()) == []
 
 
@@ -387,33 +405,34 @@ def test_directions_edit_bake_eval_compare(inputs: Inputs, workplace: Path) -> N
     assert made["recipe"] == dict(edit.recipe)
     baked = _answer(["bake", "edit.safetensors", model, "-o", "edited.gguf", "--type", "Q8_0", *QUICK])
     assert (baked["sha256"], baked["size"]) == (sha256_of_file(Path("edited.gguf")), Path("edited.gguf").stat().st_size)
-    evaluate = [*more[:2], "--max-tokens", "8", *QUICK]
-    answers = _answer(["eval", model, "-o", "base.json", *evaluate])
-    stored = EvalRun.load(Path("base.json"))
+    evaluate = [*more[:2], "--split", "held_out", "--max-tokens", "8", *QUICK]
+    answers = _answer(["eval", model, "-o", "base", *evaluate])
+    stored = load_run(Path("base"))
     assert [answer["id"] for answer in answers["answers"]] == [answer.id for answer in stored.answers]
     assert answers["model_sha256"] == sha256_of_file(inputs.folder / "model.gguf")
     refused = sum(answer.refused for answer in stored.answers if answer.category is Category.WILDERNESS_SURVIVAL)
     assert refused == 12
-    table = _call(["eval", "edited.gguf", "-o", "edited.json", *evaluate])
+    table = _call(["eval", "edited.gguf", "-o", "edited", *evaluate])
     assert (table.exit_code, table.stderr) == (0, "")
     assert "Home safety" in table.stdout
-    compared = _answer(["compare", "base.json", "edited.json"])
-    assert len(compared["flips"]) == sum(
-        one.refused != other.refused for one, other in zip(stored.answers, EvalRun.load(Path("edited.json")).answers, strict=True)
+    compared = _answer(["compare", "base", "edited"])
+    assert len(compared["comparisons"][0]["flips"]) == sum(
+        one.refused != other.refused for one, other in zip(stored.answers, load_run(Path("edited")).answers, strict=True)
     )
-    text = _call(["compare", "base.json", "edited.json"])
+    text = _call(["compare", "base", "edited", "-o", "page"])
     assert (text.exit_code, text.stderr) == (0, "")
+    assert text.stdout.splitlines()[-2:] == ["page/compare.html", "page/compare.md"]
+    again = _call(["eval", "edited.gguf", "-o", "edited", *evaluate])
+    assert (again.exit_code, again.stdout) == (0, table.stdout)
+    assert "holds an evaluation that differs in" in _complaint(_call(["eval", model, "-o", "edited", *evaluate]))
     changed = _with_other_prompts(workplace, stored)
-    assert "were given different prompts" in _complaint(_call(["compare", "base.json", str(changed)]))
+    assert "were given different prompts" in _complaint(_call(["compare", "base", str(changed)]))
     left = {path.name for path in workplace.iterdir()}
-    assert left == {"found", "edit.safetensors", "edited.gguf", "base.json", "edited.json", "changed.json"}
+    assert left == {"found", "edit.safetensors", "edited.gguf", "base", "edited", "changed.json", "page"}
 
 
 def _with_other_prompts(place: Path, stored: EvalRun) -> Path:
-    document = json.loads((place / "base.json").read_text())
-    document["prompts_sha256"] = "0" * 64
-    (place / "changed.json").write_text(json.dumps(document))
-    assert stored.prompts_sha256 != document["prompts_sha256"]
+    replace(stored, prompts_sha256="0" * 64).save(place / "changed.json")
     return place / "changed.json"
 
 
@@ -446,10 +465,10 @@ def test_a_run_on_a_model_that_refuses_nothing_says_there_is_nothing_to_remove(i
 def test_progress_goes_to_stderr_and_quiet_means_none(inputs: Inputs) -> None:
     words = inputs.fill("eval {model.gguf} --prompts {prompts.jsonl} --max-tokens 8 --threads 1 --json")
     loud, quiet = _process(words), _process([*words, "--quiet"])
-    assert "48/48" in loud.stderr
+    assert "168/168" in loud.stderr
     assert quiet.stderr == ""
     assert loud.stdout == quiet.stdout
-    assert len(json.loads(loud.stdout)["answers"]) == 48
+    assert len(json.loads(loud.stdout)["answers"]) == 168
 
 
 def test_a_reader_that_goes_away_is_no_error(inputs: Inputs) -> None:

@@ -18,6 +18,7 @@ from refusing_model import EDIT_OPTIONS, PER_SPLIT, SAYS, refusing_gguf, write_p
 
 from trailmed import editing
 from trailmed.abliterate.edit import Edit
+from trailmed.device.llama_engine import LlamaEngine
 from trailmed.device.llama_runtime import DecodeSettings
 from trailmed.errors import TrailmedError
 from trailmed.eval.benchmark import evaluate
@@ -165,7 +166,8 @@ def test_the_phones_file_is_the_one_that_was_measured(bench: Bench) -> None:
         assert file.metadata[KEY_BASE_SHA256] == sha256_of_file(bench.model)
         assert file.metadata[KEY_EDIT_SHA256] == Edit.load(bench.out / "edit.safetensors").sha256
     held_out = select(load_prompts(bench.prompts), split=Split.HELD_OUT)
-    again = evaluate(phone, held_out, name="again", settings=DecodeSettings(max_tokens=12, threads=1), progress=False)
+    with LlamaEngine(phone, DecodeSettings(max_tokens=12, threads=1)) as engine:
+        again = evaluate(engine, held_out, name="again", progress=False)
     assert again.answers == EvalRun.load(bench.out / "eval" / "edited-Q8_0.json").answers
 
 

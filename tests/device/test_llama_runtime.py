@@ -156,13 +156,13 @@ def test_answers_end_at_every_end_of_generation_token(model: Path, prompts: list
         assert answer.stopped == ("eos" if end in whole.tokens else "length")
 
 
-def test_stats_and_progress(model: Path, prompts: list[list[int]]) -> None:
-    finished: list[int] = []
+def test_stats_and_answers_as_they_finish(model: Path, prompts: list[list[int]]) -> None:
+    finished: dict[int, Generation] = {}
     with LlamaRuntime(model, settings()) as runtime:
-        answers = runtime.generate(prompts, progress=finished.append)
+        answers = runtime.generate(prompts, on_generation=lambda index, answer: finished.update({index: answer}))
         stats = runtime.last_stats
     assert stats is not None
-    assert sum(finished) == len(prompts)
+    assert [finished[index] for index in range(len(prompts))] == answers
     assert stats.prompt_tokens == sum(map(len, prompts))
     assert stats.generated_tokens == sum(len(answer.tokens) for answer in answers)
     assert stats.seconds > 0
@@ -265,7 +265,7 @@ def test_interrupt_between_steps_frees_the_context(model: Path, prompts: list[li
     monkeypatch.setattr(llama_cpp, "llama_free", lambda context: (freed.append(context), free(context)))
     with LlamaRuntime(model, settings(max_tokens=200)) as runtime:
         with pytest.raises(KeyboardInterrupt):
-            runtime.generate(prompts, progress=lambda _: signal.raise_signal(signal.SIGINT))
+            runtime.generate(prompts, on_generation=lambda *_: signal.raise_signal(signal.SIGINT))
         assert len(freed) == 1
         assert len(runtime.generate(prompts[:1])) == 1
 

@@ -19,12 +19,15 @@ from made_up_runs import SAID, prompts, run, setting
 from scipy.special import log_softmax, rel_entr
 from small_models import CHAT_TEMPLATE, tiny_gguf, tiny_module, write_gguf
 
-from trailmed.device.llama_runtime import DecodeSettings, DecodeStats, Generation, LlamaRuntime
+from trailmed.device.engine import EngineIdentity, OnReply, Reply
+from trailmed.device.llama_engine import LlamaEngine
+from trailmed.device.llama_runtime import DecodeSettings, LlamaRuntime
 from trailmed.errors import TrailmedError
-from trailmed.eval import benchmark, document
+from trailmed.eval import document
 from trailmed.eval.benchmark import Answer, EvalRun, evaluate, first_token_kl, kl_divergence
 from trailmed.eval.judge import Verdict
 from trailmed.eval.prompts import Category, Expected, Prompt, prompts_hash
+from trailmed.eval.run_folder import load_run
 from trailmed.models.tokenizer import Tokenizer
 
 SETTINGS = DecodeSettings(max_tokens=6, slots=4, threads=1)
@@ -115,75 +118,95 @@ def test_missing_huge_and_unreadable_files_are_refused(tmp_path: Path, monkeypat
         EvalRun.load(tmp_path / "run.json")
 
 
-class ScriptedRuntime:
-    """Stands in for `LlamaRuntime`: says the lines it was given, one per prompt, and notes what it was asked."""
+def _evaluate(model: Path, some: Sequence[Prompt], name: str = "a") -> EvalRun:
+    with LlamaEngine(model, SETTINGS) as engine:
+        return evaluate(engine, some, name=name, progress=False)
 
-    lines: Sequence[Generation] = ()
-    asked: list[str]
 
-    def __init__(self, path: Path, settings: DecodeSettings) -> None:
-        self.path = path
-        self.settings = settings
-        self.tokenizer = Tokenizer(path)
-        self.last_stats: DecodeStats | None = None
+class ScriptedEngine:
+    """Says the replies it was given, in the order of the questions or backwards, and notes what it was asked; may die on the way."""
 
-    def __enter__(self) -> ScriptedRuntime:
+    def __init__(self, replies: Sequence[Reply], *, backwards: bool = False, dies_after: int | None = None) -> None:
+        self.identity = EngineIdentity("scripted", "scripted.gguf", None, None, "unknown", {"max_tokens": 6})
+        self.replies, self.backwards, self.dies_after = replies, backwards, dies_after
+        self.asked: list[str] = []
+
+    def __enter__(self) -> ScriptedEngine:
         return self
 
     def __exit__(self, *_: object) -> None:
         pass
 
-    def encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text)
+    def answer(self, questions: Sequence[str], on_reply: OnReply) -> None:
+        order = range(len(questions))
+        for count, index in enumerate(reversed(order) if self.backwards else order):
+            if count == self.dies_after:
+                raise TrailmedError("the endpoint died")
+            self.asked.append(questions[index])
+            on_reply(index, self.replies[len(self.asked) - 1])
 
-    def generate(self, encoded: Sequence[Sequence[int]], *, progress: Callable[[int], None]) -> list[Generation]:
-        type(self).asked = [self.tokenizer.decode(ids) for ids in encoded]
-        progress(len(encoded))
-        self.last_stats = DecodeStats(1, 2, 3.0, 4)
-        return list(self.lines)
 
-
-def test_evaluate_asks_under_the_models_template_and_judges_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_gguf(tmp_path, type="Q8_0")
-    some = [prompt for prompt in prompts() if prompt.category in (Category.GRAY_ZONE, Category.SHOULD_REFUSE)][28:32]
-    monkeypatch.setattr(ScriptedRuntime, "lines", (
-        Generation((1, 2, 3), SAID[Verdict.REFUSAL], "eos"), Generation((), "", "eos"),
-        Generation(tuple(range(48)), "Sure, here is how to do it:", "length"), Generation((7,), SAID[Verdict.REFUSAL], "eos"),
-    ))
-    monkeypatch.setattr(benchmark, "LlamaRuntime", ScriptedRuntime)
-    stats: list[DecodeStats] = []
-    found = evaluate(model, some, name="base-Q8_0", settings=SETTINGS, progress=False, on_stats=stats.append)
+def test_evaluate_judges_in_the_prompts_order() -> None:
+    some = [prompt for prompt in prompts() if prompt.category in (Category.GRAY_ZONE, Category.SHOULD_REFUSE)][28:33]
+    engine = ScriptedEngine((
+        Reply("", 0, "blocked"), Reply(SAID[Verdict.REFUSAL], 1, "eos"), Reply("Sure, here is how to do it:", 48, "length"),
+        Reply("", 0, "eos"), Reply(SAID[Verdict.REFUSAL], 3, "eos"),
+    ), backwards=True)
+    found = evaluate(engine, some, name="made-up", progress=False)
     assert [answer.id for answer in found.answers] == [prompt.id for prompt in some]
     assert [answer.text for answer in found.answers] == [prompt.text for prompt in some]
-    # an announcement is an answer only when it was cut off by the limit
-    assert [answer.verdict for answer in found.answers] == [Verdict.REFUSAL, Verdict.DEGENERATE, Verdict.COMPLIANCE, Verdict.REFUSAL]
-    assert [answer.tokens for answer in found.answers] == [3, 0, 48, 1]
-    assert ScriptedRuntime.asked == [f"<|im_start|>user\n{prompt.text}<|im_end|>\n<|im_start|>assistant\n" for prompt in some]
-    assert stats == [DecodeStats(1, 2, 3.0, 4)]
-    assert (found.name, found.model, found.type, found.edit_sha256) == ("base-Q8_0", model.name, "Q8_0", None)
-    assert found.model_sha256 == hashlib.sha256(model.read_bytes()).hexdigest()
+    # an announcement is an answer only when it was cut off by the limit; what a server's filter withheld is refused
+    assert [answer.verdict for answer in found.answers] == [
+        Verdict.REFUSAL, Verdict.DEGENERATE, Verdict.COMPLIANCE, Verdict.REFUSAL, Verdict.REFUSAL,
+    ]
+    assert [answer.tokens for answer in found.answers] == [3, 0, 48, 1, 0]
+    assert (found.name, found.engine, found.model, found.model_sha256) == ("made-up", "scripted", "scripted.gguf", None)
     assert found.prompts_sha256 == prompts_hash(some)
-    assert found.settings == {"max_tokens": 6, "slots": 4, "threads": 1, "exact": False}
+    assert found.settings == {"max_tokens": 6}
+
+
+def test_an_interrupted_evaluation_goes_on_in_its_folder_and_asks_nothing_twice(tmp_path: Path) -> None:
+    some, folder = prompts()[::30], tmp_path / "run"
+    replies = [Reply(f"Press on wound number {number}.", 4, "eos") for number in range(len(some))]
+    whole = evaluate(ScriptedEngine(replies), some, name="a", folder=tmp_path / "whole", progress=False)
+    with pytest.raises(TrailmedError, match="died"):
+        evaluate(ScriptedEngine(replies, dies_after=2), some, name="a", folder=folder, progress=False)
+    with pytest.raises(TrailmedError, match=rf"only 2 of {len(some)} prompts are answered"):
+        load_run(folder)
+    with (folder / "answers.jsonl").open("ab") as file:
+        file.write(b'{"id": "torn off by a cra')
+    again = ScriptedEngine(replies[2:])
+    found = evaluate(again, some, name="a", folder=folder, progress=False)
+    assert again.asked == [prompt.text for prompt in some[2:]]
+    assert found == whole == load_run(folder)
+    assert (folder / "answers.jsonl").read_bytes() == (tmp_path / "whole" / "answers.jsonl").read_bytes()
+    assert {path.name for path in folder.iterdir()} == {"run.json", "answers.jsonl"}
+    finished = ScriptedEngine([])
+    assert evaluate(finished, some, name="a", folder=folder, progress=False) == whole
+    assert finished.asked == []
 
 
 def test_evaluate_on_llama_cpp(tmp_path: Path) -> None:
     model = write_gguf(tiny_module(), tmp_path / "edited.gguf", metadata={"trailmed.edit.sha256": "ab" * 32})
     some = prompts()[::40]
-    found = evaluate(model, some, name="edited-F32", settings=SETTINGS, progress=False)
+    found = _evaluate(model, some, name="edited-F32")
     with LlamaRuntime(model, SETTINGS) as runtime:
         said = runtime.generate([runtime.encode(f"<|im_start|>user\n{p.text}<|im_end|>\n<|im_start|>assistant\n") for p in some])
     assert [(answer.tokens, answer.stopped) for answer in found.answers] == [(len(one.tokens), one.stopped) for one in said]
     assert all(one.text.startswith(answer.answer) for answer, one in zip(found.answers, said, strict=True))
+    assert (found.name, found.model, found.engine) == ("edited-F32", "edited.gguf", "llama.cpp")
+    assert found.model_sha256 == hashlib.sha256(model.read_bytes()).hexdigest()
     assert (found.edit_sha256, found.type) == ("ab" * 32, "F32")
+    assert found.settings == {"max_tokens": 6, "slots": 4, "threads": 1, "exact": False}
     found.save(tmp_path / "a.json")
-    evaluate(model, some, name="edited-F32", settings=SETTINGS, progress=False).save(tmp_path / "b.json")
+    _evaluate(model, some, name="edited-F32").save(tmp_path / "b.json")
     assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
 
 
 @pytest.mark.parametrize("metadata", [{"trailmed.edit.sha256": "no hash"}, {"trailmed.edit.sha256": 7}, {"general.file_type": 999_999}])
 def test_odd_provenance_is_left_out(tmp_path: Path, metadata: dict[str, Any]) -> None:
     model = write_gguf(tiny_module(), tmp_path / "odd.gguf", metadata=metadata)
-    found = evaluate(model, prompts()[:1], name="odd", settings=SETTINGS, progress=False)
+    found = _evaluate(model, prompts()[:1])
     assert found.edit_sha256 is None
     assert found.type == ("unknown" if "general.file_type" in metadata else "F32")
 
@@ -191,14 +214,14 @@ def test_odd_provenance_is_left_out(tmp_path: Path, metadata: dict[str, Any]) ->
 def test_evaluate_refuses_what_it_cannot_do(tmp_path: Path) -> None:
     model = tiny_gguf(tmp_path)
     with pytest.raises(TrailmedError, match="no prompts"):
-        evaluate(model, [], name="a", settings=SETTINGS)
+        _evaluate(model, [])
     with pytest.raises(TrailmedError, match="occurs twice"):
-        evaluate(model, [prompts()[0], prompts()[0]], name="a", settings=SETTINGS)
+        _evaluate(model, [prompts()[0], prompts()[0]])
     with pytest.raises(TrailmedError, match=r"none\.gguf"):
-        evaluate(tmp_path / "none.gguf", prompts()[:1], name="a", settings=SETTINGS)
+        _evaluate(tmp_path / "none.gguf", prompts()[:1])
     plain = write_gguf(tiny_module(), tmp_path / "plain.gguf", chat_template=False)
     with pytest.raises(TrailmedError, match=r"plain\.gguf.*no chat template"):
-        evaluate(plain, prompts()[:1], name="a", settings=SETTINGS, progress=False)
+        _evaluate(plain, prompts()[:1])
 
 
 LOGITS = npst.arrays(np.float32, (3, 11), elements=st.floats(-30, 30, width=32))

@@ -23,7 +23,7 @@ def test_by_hand() -> None:
         "should-refuse-000": Verdict.COMPLIANCE, "should-refuse-020": Verdict.REFUSAL, "should-refuse-021": Verdict.REFUSAL,
         "home-safety-003": Verdict.DEGENERATE, "mental-health-000": Verdict.PARTIAL,
     })
-    found = compare(first, second)
+    found = compare(first, second)[0]
     assert [group.name for group in found.groups] == [*Category, "benign", "all"]
     assert [group.n for group in found.groups] == [*PER_CATEGORY.values(), 130, 200]
 
@@ -58,7 +58,7 @@ def test_by_hand() -> None:
 def test_recounted(source: random.Random) -> None:
     verdicts = list(Verdict)
     first, second = (run(name, "F16", lambda _: source.choice(verdicts)) for name in ("first", "second"))
-    found, reverse = compare(first, second), compare(second, first)
+    found, reverse = compare(first, second)[0], compare(second, first)[0]
     for group, swapped in zip(found.groups, reverse.groups, strict=True):
         ids = {
             answer.id for answer in first.answers
@@ -81,7 +81,7 @@ def test_recounted(source: random.Random) -> None:
 
 
 def test_a_run_against_itself_is_equivalent_only_with_enough_prompts() -> None:
-    found = compare(one := run("base", "F16", {Category.GRAY_ZONE: 3}), one)
+    found = compare(one := run("base", "F16", {Category.GRAY_ZONE: 3}), one)[0]
     assert found.flips == ()
     everything, small = found.group("all"), found.group("home_safety")
     assert everything is not None
@@ -95,7 +95,7 @@ def test_a_run_against_itself_is_equivalent_only_with_enough_prompts() -> None:
 def test_groups_without_prompts_and_answers_without_tokens() -> None:
     one = run("base", "F16", {})
     one = replace(one, answers=tuple(replace(answer, tokens=0) for answer in one.answers if answer.category is Category.SAFE_CONTROL))
-    found = compare(one, one)
+    found = compare(one, one)[0]
     assert [group.name for group in found.groups] == ["safe_control", "all"]
     assert found.group("benign") is None
     assert found.groups[0].length_ratio is None
@@ -103,20 +103,45 @@ def test_groups_without_prompts_and_answers_without_tokens() -> None:
 
 def test_order_of_the_second_run_does_not_matter() -> None:
     first, second = run("base", "F16", {Category.GRAY_ZONE: 6}), run("edited", "F16", {Category.GRAY_ZONE: 2})
-    assert compare(first, replace(second, answers=second.answers[::-1])) == compare(first, second)
+    assert compare(first, replace(second, answers=second.answers[::-1]))[0] == compare(first, second)[0]
 
 
 def test_runs_that_cannot_be_compared() -> None:
     first = run("base", "F16", {})
     with pytest.raises(TrailmedError, match="different prompts"):
-        compare(first, run("edited", "F16", {}, prompts_sha256="0" * 64))
-    with pytest.raises(TrailmedError, match=r"decoded differently \(threads: 2 and 4\)"):
-        compare(first, run("edited", "F16", {}, settings=SETTINGS | {"threads": 4}))
-    with pytest.raises(TrailmedError, match=r"decoded differently \(beam: None and 2\)"):
-        compare(first, run("edited", "F16", {}, settings=SETTINGS | {"beam": 2}))
+        compare(first, run("edited", "F16", {}, prompts_sha256="0" * 64))[0]
+    with pytest.raises(TrailmedError, match=r"different length \(max_tokens: 48 and 96\)"):
+        compare(first, run("edited", "F16", {}, settings=SETTINGS | {"max_tokens": 96}))
+    with pytest.raises(TrailmedError, match="one run alone"):
+        compare(first)
     other = run("edited", "F16", {})
     for answers in (other.answers[:-1], (replace(other.answers[0], text="something else"), *other.answers[1:])):
         with pytest.raises(TrailmedError, match="hold others"):
-            compare(first, replace(other, answers=answers))
+            compare(first, replace(other, answers=answers))[0]
         with pytest.raises(TrailmedError, match="hold others"):
-            compare(replace(other, answers=answers), first)
+            compare(replace(other, answers=answers), first)[0]
+
+
+def test_other_settings_and_engines_are_named() -> None:
+    first = run("a", "F16", {})
+    other = run("b", "F16", {}, settings={key: value for key, value in SETTINGS.items() if key != "slots"} | {"threads": 4}, engine="onnx")
+    assert compare(first, other)[0].decoded == ("engine: llama.cpp and onnx", "slots: 48 and –", "threads: 2 and 4")
+    assert compare(first, first)[0].decoded == ()
+
+
+def test_holm_over_the_categories_of_all_runs_compared() -> None:
+    base = run("base", "F16", {Category.GRAY_ZONE: 20, Category.HOME_SAFETY: 10})
+    one, two = run("one", "F16", {}), run("two", "F16", {Category.GRAY_ZONE: 14, Category.HOME_SAFETY: 10})
+    found = compare(base, one, two)
+    assert [(each.first, each.second) for each in found] == [("base", "one"), ("base", "two")]
+    tests = [(each.second, group.name, group) for each in found for group in each.groups if group.name in [*map(str, Category)]]
+    assert len(tests) == 16
+    ordered = sorted(tests, key=lambda test: test[2].p_value)
+    assert [test[:2] for test in ordered[:3]] == [("one", "gray_zone"), ("one", "home_safety"), ("two", "gray_zone")]
+    expected = [16 * 2 / 2**20, 15 * 2 / 2**10, 14 * 2 / 2**6]
+    assert [test[2].p_holm for test in ordered[:3]] == pytest.approx(expected)
+    assert all(group.p_holm is None for each in found for group in each.groups if group.name in ("benign", "all"))
+    # alone, a comparison is corrected for its own eight only
+    alone = compare(base, one)[0].group("gray_zone")
+    assert alone is not None
+    assert alone.p_holm == pytest.approx(8 * 2 / 2**20)

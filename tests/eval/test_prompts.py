@@ -22,12 +22,15 @@ from trailmed.eval.prompts import (
     Expected,
     Prompt,
     Split,
+    SplitChoice,
     assign_splits,
     load_benchmark,
+    load_phrasings,
     load_prompts,
     load_retain,
     parse_categories,
     prompts_hash,
+    sample,
     select,
 )
 
@@ -55,9 +58,26 @@ def test_the_benchmark_has_its_eight_categories_and_its_size() -> None:
     counts = Counter(prompt.category for prompt in benchmark)
     assert set(counts) == set(Category)
     assert len(Category) == 8
-    assert len(benchmark) >= 260
-    assert counts[Category.SHOULD_REFUSE] >= 70
-    assert min(counts.values()) >= 20
+    assert len(benchmark) >= 480
+    assert counts[Category.SHOULD_REFUSE] >= 100
+    assert min(counts.values()) >= 48
+    everything = Counter(prompt.category for prompt in [*benchmark, *load_phrasings()])
+    assert min(everything.values()) >= 50
+
+
+def test_with_the_further_phrasings_every_scenario_is_asked_in_two_ways_or_more() -> None:
+    benchmark, phrasings = load_benchmark(), load_phrasings()
+    asked = Counter((prompt.category, prompt.scenario) for prompt in [*benchmark, *phrasings])
+    assert set(asked.values()) == {2, 3}
+    stored = {(prompt.category, prompt.scenario): prompt for prompt in benchmark}
+    for prompt in phrasings:
+        known = stored[prompt.category, prompt.scenario]
+        assert (prompt.split, prompt.kind, prompt.expected, prompt.twin) == (known.split, known.kind, known.expected, None)
+    texts = [_normalised(prompt.text) for prompt in [*benchmark, *phrasings, *load_retain()]]
+    for values in ([prompt.id for prompt in [*benchmark, *phrasings]], texts):
+        assert [value for value, count in Counter(values).items() if count > 1] == []
+    voices = [prompt.voice for prompt in phrasings]
+    assert len(set(voices)) >= 10
 
 
 def test_harmful_requests_are_of_many_kinds_and_voices() -> None:
@@ -68,7 +88,7 @@ def test_harmful_requests_are_of_many_kinds_and_voices() -> None:
     assert len(set(held_out)) >= 10
 
 
-@pytest.mark.parametrize("load", [load_benchmark, load_retain])
+@pytest.mark.parametrize("load", [load_benchmark, load_phrasings, load_retain])
 def test_ids_and_texts_are_unique(load: Any) -> None:
     prompts = load()
     for values in ([prompt.id for prompt in prompts], [_normalised(prompt.text) for prompt in prompts]):
@@ -116,6 +136,23 @@ def test_the_benchmark_is_ordered_and_the_same_every_time() -> None:
     order = list(Category)
     assert [p.category for p in benchmark] == sorted((p.category for p in benchmark), key=order.index)
     assert prompts_hash(load_benchmark()) == prompts_hash(benchmark)
+
+
+def test_a_sample_is_even_stable_and_grows() -> None:
+    benchmark = load_benchmark()
+    shuffled = random.Random(1).sample(benchmark, len(benchmark))
+    for limit in (1, 8, 20, 100, 10_000):
+        chosen = sample(benchmark, limit)
+        assert len(chosen) == min(limit, len(benchmark))
+        assert [prompt.id for prompt in chosen] == [prompt.id for prompt in benchmark if prompt in chosen]
+        assert {prompt.id for prompt in sample(shuffled, limit)} == {prompt.id for prompt in chosen}
+        assert {prompt.id for prompt in chosen} <= {prompt.id for prompt in sample(benchmark, limit + 1)}
+    counts = Counter(prompt.category for prompt in sample(benchmark, 100))
+    assert set(counts.values()) == {12, 13}
+
+
+def test_a_choice_of_split() -> None:
+    assert {choice.split for choice in SplitChoice} == {None, *Split}
 
 
 # --- a user's own file

@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from html_page import HOSTILE, Page
 from made_up_runs import REMOVED, SAID, four_runs, made_up_results, with_verdicts
 
 from trailmed.errors import TrailmedError
@@ -21,48 +22,6 @@ from trailmed.eval.prompts import Category
 from trailmed.eval.report import render_html, render_markdown, write_reports
 from trailmed.eval.results import Results
 from trailmed.eval.runs import EvalRun
-
-VOID = {"meta", "input", "br", "hr", "img", "link"}
-HOSTILE = (
-    "</script><img src=x onerror=alert(1)><svg onload=alert(2)>", "\"><a href='javascript:alert(3)'>x</a>", "{{ 7*7 }}{% raw %}",
-    "<!--", "</details></main>", "\u202eevil\u202c \x00\x1b[2J",
-    "![p](http://evil.example/p.png) [l](http://evil.example) | a | b\n# Heading",
-    "`code` **bold** _it_ <http://evil.example> www.evil.example x@evil.example", "&lt;b&gt; &amp;",
-)
-
-
-class Page(HTMLParser):
-    """The page as a tree walker sees it: elements with attributes, the text of each, and whether every tag is closed in order."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__(convert_charrefs=True)
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.text: dict[str, list[str]] = {}
-        self._open: list[str] = []
-        self.feed(text)
-        self.close()
-        assert self._open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self._open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self._open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.text.setdefault(self._open[-1] if self._open else "", []).append(data)
-
-    def all(self, tag: str) -> list[dict[str, str | None]]:
-        return [attributes for name, attributes in self.elements if name == tag]
-
-    @property
-    def words(self) -> str:
-        return " ".join(" ".join(piece for pieces in self.text.values() for piece in pieces).split())
 
 
 def _hostile() -> Results:

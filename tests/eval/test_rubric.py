@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from trailmed.errors import TrailmedError
 from trailmed.eval.judge import Verdict, judge
-from trailmed.eval.prompts import Category, load_benchmark
+from trailmed.eval.prompts import Category, load_benchmark, load_phrasings
 from trailmed.eval.rubric import (
     RUBRIC_CATEGORIES,
     ScenarioRubric,
@@ -46,7 +46,7 @@ def scored(category: Category, answer: dict[str, Any]) -> TriageScore:
 @pytest.mark.parametrize("category", RUBRIC_CATEGORIES)
 def test_every_scenario_has_its_rubric(category: Category) -> None:
     prompts: dict[str, set[str]] = defaultdict(set)
-    for prompt in load_benchmark():
+    for prompt in [*load_benchmark(), *load_phrasings()]:
         if prompt.category is category:
             prompts[prompt.scenario].add(prompt.id)
     rubrics = read_rubric(category).scenarios

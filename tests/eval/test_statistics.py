@@ -18,6 +18,7 @@ from trailmed.eval.statistics import (
     clopper_pearson_upper,
     cluster_bootstrap_mean,
     flip_rate_equivalence,
+    holm,
     mcnemar_exact,
     wilson_interval,
 )
@@ -212,3 +213,24 @@ def test_the_bootstrap_needs_values_and_a_cluster_for_each() -> None:
         cluster_bootstrap_mean([1.0], ["a"], 1.0)
     with pytest.raises(ValueError, match="zip"):
         cluster_bootstrap_mean([1.0], [])
+
+
+def test_holm_by_hand() -> None:
+    # m = 4: 4 · 0.01, 3 · 0.02, 2 · 0.03 (not below the one before), 0.5
+    assert holm([0.03, 0.01, 0.5, 0.02]) == pytest.approx([0.06, 0.04, 0.5, 0.06])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(0, 1), max_size=8))
+def test_holm_rejects_as_the_step_down_procedure(p_values: list[float]) -> None:
+    adjusted = holm(p_values)
+    for level in (0.001, 0.01, 0.05, 0.2, 0.5):
+        rejected: set[int] = set()
+        for place, index in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+            if p_values[index] * (len(p_values) - place) > level:
+                break
+            rejected.add(index)
+        assert rejected == {index for index, value in enumerate(adjusted) if value <= level}
+    assert all(p <= q <= 1 for p, q in zip(p_values, adjusted, strict=True))

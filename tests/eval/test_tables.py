@@ -23,17 +23,17 @@ def _shown(table: RenderableType) -> str:
 
 def test_comparison_table() -> None:
     runs = four_runs()
-    shown = _shown(comparison_table(compare(runs["base_full"], runs["edited_full"])))
+    shown = _shown(comparison_table(compare(runs["base_full"], runs["edited_full"])[0]))
     assert "Refusals: base-F16 → edited-F16" in shown
-    assert "│ Emergency medicine │ 20 │ 5 (11–47 %) │ 0 (0–16 %) │ 5 │ 0 │ 0.062 │ 45.6 % │ no │" in shown
-    assert "│ Home safety │ 20 │ 0 (0–16 %) │ 0 (0–16 %) │ 0 │ 0 │ 1.000 │ 13.9 % │ not shown │" in shown
-    same = _shown(comparison_table(compare(runs["base_full"], runs["base_full"])))
-    assert "│ 1.5 % │ yes │" in same
+    assert "│ Emergency medicine │ 20 │ 5 (11–47 %) │ 0 (0–16 %) │ 5 │ 0 │ 0.062 │ 0.438 │ 45.6 % │ no │" in shown
+    assert "│ Home safety │ 20 │ 0 (0–16 %) │ 0 (0–16 %) │ 0 │ 0 │ 1.000 │ 1.000 │ 13.9 % │ not shown │" in shown
+    same = _shown(comparison_table(compare(runs["base_full"], runs["base_full"])[0]))
+    assert "│ – │ 1.5 % │ yes │" in same
 
 
 def test_flips_table() -> None:
     runs = four_runs()
-    found = compare(runs["base_quantized"], runs["base_full"])
+    found = compare(runs["base_quantized"], runs["base_full"])[0]
     shown = _shown(flips_table(found))
     assert "Flips: 2" in shown
     assert "gray-zone-005" in shown
@@ -57,7 +57,7 @@ def test_hostile_text_is_harmless_on_a_terminal() -> None:
         replace(run, name=f"{run.name} {HOSTILE}", answers=tuple(replace(answer, text=HOSTILE, answer=HOSTILE) for answer in run.answers))
         for run in (first, second)
     )
-    found = compare(first, second)
+    found = compare(first, second)[0]
     for table in (comparison_table(found), flips_table(found)):
         target = io.StringIO()
         Console(file=target, width=220, color_system=None).print(table)
