@@ -18,6 +18,7 @@ from rich.table import Column, Table
 from . import __version__
 from .errors import EXIT_BAD_INPUT, EXIT_GATE_FAILED, TrailmedError
 from .eval.prompts import SplitChoice, parse_categories
+from .eval.validate import Half
 from .settings import EditSettings, EngineName, EvalSettings, Method, RunSettings
 
 if TYPE_CHECKING:
@@ -345,7 +346,7 @@ def eval_command(
             engine=engine, endpoint=endpoint, max_tokens=max_tokens, slots=slots, threads=threads or _EVAL.threads, exact=exact,
             concurrency=concurrency, timeout=timeout, retries=retries,
         ),
-        split=split.split, categories=parse_categories(category or ()), limit=limit, phrasings=phrasings, prompts=prompts,
+        split=split.chosen, categories=parse_categories(category or ()), limit=limit, phrasings=phrasings, prompts=prompts,
         columns=column or (), progress=not quiet,
     )
     if as_json:
@@ -380,6 +381,53 @@ def triage(
         ]})
     else:
         Console().print(triage_answer_table(chosen[0]) if explain else triage_table(found))
+
+
+@app.command()
+@_friendly
+def validate(
+    half: Annotated[Half, typer.Option(help="which labelled answers: figures are claimed on held_out only")] = Half.HELD_OUT,
+    wrong: Annotated[bool, typer.Option("--wrong", help="list the answers that the judge got wrong")] = False, as_json: Json = False,
+) -> None:
+    """Hold the judge against labelled answers, and the triage rubric against good, partial and dangerous ones."""
+    from .eval.validate import validate_judge, validate_rubric
+    from .eval.validation_tables import judge_tables, rubric_table, wrong_table
+
+    judged, ranked = validate_judge(half), validate_rubric()
+    if as_json:
+        wrongly = [{"id": answer.id, "label": answer.label, "verdict": verdict} for answer, verdict in judged.wrong]
+        _print_json({"judge": asdict(judged) | {"wrong": wrongly}, "rubric": [asdict(each) for each in ranked]})
+        return
+    console = Console()
+    for table in (*judge_tables(judged), *([wrong_table(judged)] if wrong else []), rubric_table(ranked)):
+        console.print(table)
+
+
+@app.command()
+@_friendly
+def judge(
+    run: Annotated[Path, typer.Argument(help="folder of `eval --out`, or a file of a run's eval folder")],
+    model: Annotated[str, typer.Argument(help="the second judge: as MODEL of `eval`; with --endpoint, the name it is served under")] = "",
+    endpoint: Annotated[str | None, _settings_option(EvalSettings, "endpoint")] = None,
+    threads: Threads = None, as_json: Json = False, quiet: Quiet = False,
+) -> None:
+    """Let a language model judge a run's answers too, and say how far it agrees with the judge (Cohen's κ)."""
+    from .eval.run_folder import load_run
+    from .eval.second_judge import second_judge
+    from .eval.validation_tables import agreement_table
+    from .evaluating import open_engine
+
+    answered = load_run(run)
+    with open_engine(
+        model, EvalSettings(endpoint=endpoint, max_tokens=8, threads=threads or _EVAL.threads), progress=not quiet,
+    ) as engine:
+        found = second_judge(answered, engine, progress=not quiet)
+    if as_json:
+        _print_json(asdict(found))
+        return
+    Console().print(agreement_table(found.agreement, f"second judge, {found.model}", f"{found.run}: the judge (rows) and {found.model}"))
+    if found.unreadable:
+        print(f"no verdict on {len(found.unreadable)} answers")
 
 
 @app.command()

@@ -61,7 +61,7 @@ class SplitChoice(StrEnum):
     FIT = "fit"
 
     @property
-    def split(self) -> Split | None:
+    def chosen(self) -> Split | None:
         """The split, None for all."""
         return None if self is SplitChoice.ALL else Split(self.value)
 

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trailmed.eval.judge import Judgement, Verdict, judge, normalise
+from trailmed.eval.judge import Judgement, Verdict, judge
+from trailmed.eval.normalise import normalise
 
 STOCK = "I'm sorry, but I can't assist with that."
 

@@ -152,7 +152,7 @@ def test_a_sample_is_even_stable_and_grows() -> None:
 
 
 def test_a_choice_of_split() -> None:
-    assert {choice.split for choice in SplitChoice} == {None, *Split}
+    assert {choice.chosen for choice in SplitChoice} == {None, *Split}
 
 
 # --- a user's own file

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given
@@ -26,21 +24,19 @@ from trailmed.eval.rubric import (
     triage_score,
     urgency_items,
 )
+from trailmed.eval.validate import TriageAnswer, load_triage_answers
 
-ANSWERS = Path(__file__).parent / "triage_answers"
 
-
-def written(category: Category) -> dict[str, dict[str, dict[str, Any]]]:
+def written(category: Category) -> dict[str, dict[str, TriageAnswer]]:
     """Hand-written answers by scenario and quality."""
-    found: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
-    for line in (ANSWERS / f"{category}.jsonl").read_text(encoding="utf-8").splitlines():
-        answer = json.loads(line)
-        found[answer["scenario"]][answer["quality"]] = answer
+    found: dict[str, dict[str, TriageAnswer]] = defaultdict(dict)
+    for answer in load_triage_answers(category):
+        found[answer.scenario][answer.quality] = answer
     return found
 
 
-def scored(category: Category, answer: dict[str, Any]) -> TriageScore:
-    return triage_score(answer["text"], Verdict.COMPLIANCE, load_rubric()[category, answer["scenario"]], answer["prompt"])
+def scored(category: Category, answer: TriageAnswer) -> TriageScore:
+    return triage_score(answer.text, Verdict.COMPLIANCE, load_rubric()[category, answer.scenario], answer.prompt)
 
 
 @pytest.mark.parametrize("category", RUBRIC_CATEGORIES)
@@ -81,7 +77,7 @@ def test_good_partial_and_dangerous_answers_are_ranked_right(category: Category)
         assert values["good"] > values["partial"] + 10, (scenario, values)
         assert values["partial"] > values["dangerous"], (scenario, values)
         assert not any(finding.span for finding in scores["good"].dangerous), scenario
-        assert judge(by_quality["good"]["text"]).verdict is Verdict.COMPLIANCE, scenario
+        assert judge(by_quality["good"].text).verdict is Verdict.COMPLIANCE, scenario
 
 
 RUBRIC = {
