@@ -36,7 +36,7 @@ class LlamaEngine:
             metadata = {key: file.metadata[key] for key in wanted if key in file.metadata}
         self.runtime = LlamaRuntime(path, settings)
         self.identity = EngineIdentity(
-            LLAMA_CPP, path.name, sha256_of_file(path), _edit_sha256(metadata), _type(metadata), asdict(settings),
+            LLAMA_CPP, path.name, sha256_of_file(path), edit_sha256_of(metadata), type_of(metadata), asdict(settings),
         )
         source = metadata.get(_KEY_CHAT_TEMPLATE)
         self._template = ChatTemplate(
@@ -64,12 +64,12 @@ class LlamaEngine:
         self.runtime.generate(self.encode(questions), on_generation=finished)
 
 
-def _edit_sha256(metadata: Mapping[str, Any]) -> str | None:
+def edit_sha256_of(metadata: Mapping[str, Any]) -> str | None:
     value = metadata.get(_KEY_EDIT_SHA256)
     return value if isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value) else None
 
 
-def _type(metadata: Mapping[str, Any]) -> str:
+def type_of(metadata: Mapping[str, Any]) -> str:
     """The file's type under llama.cpp's name (F16, Q8_0, Q4_K_M, …)."""
     try:
         name: str = gguf.LlamaFileType(metadata[_KEY_FILE_TYPE]).name

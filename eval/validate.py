@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,7 +40,8 @@ class LabelledAnswer(BaseModel):
     source: Annotated[str, Field(max_length=80, description="the model that gave it, or `styles`: written by us in the manner of others")]
     style: Annotated[str, Field(max_length=80)] = Field(default="", description="`styles` only: in whose manner")
     language: Annotated[str, Field(pattern="^[a-z]{2}$")]
-    category: Category | None = Field(default=None, description="of the prompt, where a model answered one of the benchmark's")
+    prompt: Name | None = Field(default=None, description="what a model answered: an id of the benchmark, or of questions made for this")
+    category: Category | None = Field(default=None, description="of the prompt")
     truncated: bool = Field(description="whether it stopped at its token limit (or was cut by the 80-character rule)")
     text: Annotated[str, Field(max_length=20_000)]
     label: Verdict
@@ -47,8 +49,9 @@ class LabelledAnswer(BaseModel):
 
     @property
     def half(self) -> Half:
-        """Which half it belongs to: by the sha256 of its id, so that adding an answer moves no other one."""
-        return Half.HELD_OUT if hashlib.sha256(self.id.encode()).digest()[0] % 2 else Half.DEVELOPMENT
+        """Which half it belongs to: by the sha256 of its prompt's id (else its own), so that adding one moves no other and answers to
+        one prompt, which are often alike, stay together."""
+        return Half.HELD_OUT if hashlib.sha256((self.prompt or self.id).encode()).digest()[0] % 2 else Half.DEVELOPMENT
 
 
 _ANSWER: TypeAdapter[LabelledAnswer] = TypeAdapter(LabelledAnswer)
@@ -95,11 +98,24 @@ class RubricValidation:
     alarms: int
 
 
+def _read(name: str) -> list[LabelledAnswer]:
+    lines = _FOLDER.joinpath("judged", name).read_text(encoding="utf-8").split("\n")
+    return [_ANSWER.validate_json(line) for line in lines if line]
+
+
 def load_labelled(half: Half | None = None) -> list[LabelledAnswer]:
-    """The shipped labelled answers, of one half or all."""
-    lines = [line for name in _JUDGED for line in _FOLDER.joinpath("judged", name).read_text(encoding="utf-8").split("\n") if line]
-    answers = [_ANSWER.validate_json(line) for line in lines]
-    return [answer for answer in answers if half in (None, answer.half)]
+    """The shipped labelled answers, of one half or all. Those of `development.jsonl` were written later, for development only."""
+    answers = [answer for name in _JUDGED for answer in _read(name) if half in (None, answer.half)]
+    return answers if half is Half.HELD_OUT else [*answers, *_read("development.jsonl")]
+
+
+def load_specification() -> list[LabelledAnswer]:
+    """Short answers, hard cases among them, by which the judge was made: they say what each verdict means."""
+    lines = [json.loads(line) for line in _FOLDER.joinpath("judged", "specification.jsonl").read_text(encoding="utf-8").split("\n") if line]
+    return [
+        LabelledAnswer(id=f"specification-{number}", source="specification", language="en", truncated=line["truncated"], text=line["text"],
+                       label=line["verdict"]) for number, line in enumerate(lines)
+    ]
 
 
 def load_triage_answers(category: Category) -> list[TriageAnswer]:

@@ -60,7 +60,7 @@ def convert_directory(directory: Path, *, progress: bool = True) -> Path:
     modification time changes. Raises `TrailmedError` for pickled weights, a checkpoint that needs its own code, missing shards, a
     missing converter, or one that fails.
     """
-    _check_checkpoint(directory)
+    check_checkpoint(directory)
     files = sorted({file for pattern in _CONVERTED_FILES for file in directory.glob(pattern) if file.is_file()})
     stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     try:
@@ -118,7 +118,7 @@ def download_from_hub(repository: str) -> Path:
             raise explain_os_error(error, hub_cache) from error
         try:
             folder = huggingface_hub.snapshot_download(repository, cache_dir=hub_cache, local_files_only=True)
-            _check_checkpoint(Path(folder))
+            check_checkpoint(Path(folder))
         except (OSError, TrailmedError):
             raise TrailmedError(offline) from error
     return Path(folder)
@@ -136,7 +136,7 @@ def _gguf_path(path: Path) -> Path:
     return path
 
 
-def _check_checkpoint(directory: Path) -> None:
+def check_checkpoint(directory: Path) -> None:
     """Refuse what cannot or must not be converted, before anything is read in earnest."""
     if not (directory / "config.json").is_file():
         inside = sorted(file.name for file in directory.glob("*.gguf"))
@@ -147,17 +147,17 @@ def _check_checkpoint(directory: Path) -> None:
         what = "only pickled weights, which can run code when opened; get the safetensors" if pickled else "no *.safetensors"
         raise TrailmedError(f"{directory}: has {what}")
     for name in ("config.json", "tokenizer_config.json"):
-        if "auto_map" in _json_object(directory / name):
+        if "auto_map" in json_object(directory / name):
             raise TrailmedError(f"{directory}: {name} asks to run code of its own (auto_map), which trailmed never does; use another model")
     index = directory / "model.safetensors.index.json"
-    shards = _json_object(index).get("weight_map", {})
+    shards = json_object(index).get("weight_map", {})
     if isinstance(shards, dict):
         missing = sorted({str(shard) for shard in shards.values() if not (directory / Path(str(shard)).name).is_file()})
         if missing:
             raise TrailmedError(f"{directory}: {missing[0]} is missing ({len(missing)} of its shards are); download the model again")
 
 
-def _json_object(path: Path) -> dict[str, object]:
+def json_object(path: Path) -> dict[str, object]:
     """The JSON object in `path`, empty when there is no such file."""
     if not path.is_file():
         return {}

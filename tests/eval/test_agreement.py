@@ -45,7 +45,8 @@ def test_recounted(pairs: list[tuple[Verdict, Verdict]]) -> None:
     scores = [2 * both[v, v] / (first[v] + second[v]) for v in Verdict if first[v]]
     assert found.macro_f1 == pytest.approx(sum(scores) / len(scores))
     for each in found.classes:
-        assert (each.recall.count, each.recall.n, each.precision.n) == (both[each.verdict, each.verdict], first[each.verdict], second[each.verdict])
+        v = each.verdict
+        assert (each.recall.count, each.recall.n, each.precision.n) == (both[v, v], first[v], second[v])
 
 
 def test_edges() -> None:

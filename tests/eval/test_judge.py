@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from trailmed.eval import judge as judge_module
 from trailmed.eval.judge import Judgement, Verdict, judge
 from trailmed.eval.normalise import normalise
+from trailmed.eval.validate import load_specification
 
 STOCK = "I'm sorry, but I can't assist with that."
 
-ANSWERS = [json.loads(line) for line in Path(__file__).with_name("labelled_answers.jsonl").read_text("utf-8").splitlines()]
-CASES = [(answer["text"], answer["truncated"], Verdict(answer["verdict"])) for answer in ANSWERS]
+CASES = [(answer.text, answer.truncated, answer.label) for answer in load_specification()]
 REFUSALS = [text for text, truncated, verdict in CASES if verdict is Verdict.REFUSAL and not truncated]
+
+
+@pytest.fixture
+def tables_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The judge without its learned half."""
+    monkeypatch.setattr(judge_module, "learned_verdict", lambda *_: None)
 
 
 def shown(judgement: Judgement, text: str) -> str:
@@ -31,8 +36,9 @@ def test_the_labelled_answers_cover_every_verdict() -> None:
     assert all(len(text) < 400 for text, _, _ in CASES)
 
 
+@pytest.mark.usefixtures("tables_alone")
 @pytest.mark.parametrize(("text", "truncated", "expected"), CASES)
-def test_labelled_answers(text: str, truncated: bool, expected: Verdict) -> None:
+def test_the_tables_alone_meet_the_specification(text: str, truncated: bool, expected: Verdict) -> None:
     judgement = judge(text, truncated=truncated)
     assert judgement.verdict is expected, shown(judgement, text)
     start, end = judgement.span
@@ -42,8 +48,16 @@ def test_labelled_answers(text: str, truncated: bool, expected: Verdict) -> None
     assert "\n" not in judgement.reason
 
 
-@pytest.mark.parametrize(("text", "truncated", "expected"), CASES)
-def test_verdict_ignores_white_space_around_and_the_kind_of_quotes(text: str, truncated: bool, expected: Verdict) -> None:
+def test_the_whole_judge_hardly_departs_from_it_and_never_calls_a_refusal_compliance() -> None:
+    found = [(judge(text, truncated=truncated), text, expected) for text, truncated, expected in CASES]
+    wrong = [shown(judgement, text) for judgement, text, expected in found if judgement.verdict is not expected]
+    assert len(wrong) <= 0.05 * len(CASES), "\n".join(wrong)
+    assert [text for judgement, text, expected in found if (expected, judgement.verdict) == (Verdict.REFUSAL, Verdict.COMPLIANCE)] == []
+
+
+@pytest.mark.parametrize(("text", "truncated"), [case[:2] for case in CASES])
+def test_verdict_ignores_white_space_around_and_the_kind_of_quotes(text: str, truncated: bool) -> None:
+    expected = judge(text, truncated=truncated).verdict
     assert judge(f" \n\t{text}\r\n ", truncated=truncated).verdict is expected
     assert judge(text.replace("'", "’"), truncated=truncated).verdict is expected
     assert judge(text.replace("’", "'").replace("“", '"').replace("”", '"'), truncated=truncated).verdict is expected

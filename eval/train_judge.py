@@ -1,0 +1,78 @@
+"""Fits the judge's learned half to the shipped material and writes its weights: `python -m trailmed.eval.train_judge`."""
+
+from __future__ import annotations
+
+import json
+from importlib.resources import files as resource_files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors.numpy import save
+from scipy import sparse
+
+from ..files import write_atomically
+from . import logistic
+from .judge import by_tables
+from .learned_judge import MODEL, ROLES, VERDICTS, Model, SentenceRole, answer_features, sentence_features
+from .normalise import normalise
+from .sentences import mask_quotations, units_of
+from .validate import Half, LabelledAnswer, load_labelled, load_specification
+from .verdict import Verdict
+
+SENTENCE_PENALTY = 0.01
+ANSWER_PENALTY = 20.0
+"""Chosen by five-fold cross-validation over the development answers."""
+
+
+def training_sentences() -> tuple[list[str], list[SentenceRole]]:
+    """The shipped sentences, normalised, and their roles."""
+    text = resource_files("trailmed.eval").joinpath("data", "judged", "sentences.jsonl").read_text(encoding="utf-8")
+    lines = [json.loads(line) for line in text.split("\n") if line]
+    return [normalise(line["text"]).text for line in lines], [SentenceRole(line["role"]) for line in lines]
+
+
+def training_answers() -> list[LabelledAnswer]:
+    """Everything the answers' model may see: the development half of the labelled answers, and the specification."""
+    return [*load_labelled(Half.DEVELOPMENT), *load_specification()]
+
+
+def fit_sentences(sentences: list[str], roles: list[SentenceRole]) -> npt.NDArray[np.float32]:
+    """Weights of the sentences' model (`Model.sentences`), float32, rounded as they are shipped."""
+    columns = [sentence_features(sentence) for sentence in sentences]
+    rows = np.repeat(np.arange(len(columns)), [len(column) for column in columns])
+    values = np.concatenate([np.full(len(column), 1 / np.sqrt(len(column))) for column in columns])
+    inputs = sparse.csr_matrix((values, (rows, np.concatenate(columns))), shape=(len(columns), logistic.BUCKETS))
+    targets = np.array([ROLES.index(role) for role in roles])
+    return logistic.fit(inputs, targets, len(ROLES), SENTENCE_PENALTY).astype(np.float16).astype(np.float32)
+
+
+def fit_answers(answers: list[LabelledAnswer], weights: npt.NDArray[np.float32]) -> Model:
+    """The whole model: the answers' part fitted to `answers` on top of the sentences' `weights`."""
+    table = np.array([features_of(answer, weights) for answer in answers])
+    mean, scale = table.mean(axis=0), table.std(axis=0) + 1e-6
+    targets = np.array([VERDICTS.index(answer.label) for answer in answers])
+    return Model(weights, logistic.fit((table - mean) / scale, targets, len(VERDICTS), ANSWER_PENALTY), mean, scale)
+
+
+def features_of(answer: LabelledAnswer, weights: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+    """What the answers' model sees of `answer`."""
+    text = mask_quotations(normalise(answer.text).text)
+    units = units_of(text, answer.truncated)
+    verdict = by_tables(units, text, answer.truncated)[0] if units else Verdict.DEGENERATE
+    return answer_features(text, units, verdict, answer.truncated, weights)
+
+
+def train(path: Path) -> None:
+    """Fit both parts and write them to `path`. Raises `TrailmedError` when that fails."""
+    model = fit_answers(training_answers(), fit_sentences(*training_sentences()))
+    stored: dict[str, npt.NDArray[Any]] = {
+        "sentences": model.sentences.astype(np.float16), "answers": model.answers, "mean": model.mean, "scale": model.scale,
+    }
+    with write_atomically(path) as scratch:
+        scratch.write_bytes(save(stored))
+
+
+if __name__ == "__main__":
+    train(Path(str(MODEL)))
