@@ -11,7 +11,7 @@ from .normalise import WORD, Normalised
 
 _REPLACEMENT = "\ufffd"
 _LOOP_SHARE = 0.4  # of the words (or characters) that a repetition must cover
-_DISTINCT_SHARE = 0.62  # of three words in a row; fewer, and the answer turns in circles with variations
+_DISTINCT_SHARE = 0.55  # of three words in a row; fewer, and the answer turns in circles with variations
 _LOOP_TIMES = 4  # one fewer for units of four words or more
 _LOOP_LONGEST = 24  # words in the repeated unit
 _BROKEN_SHARE = 0.03  # of the visible characters

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+from rich import box
 from rich.table import Table
 from rich.text import Text
 
@@ -84,26 +85,28 @@ def _beginning(text: str) -> str:
 
 def run_table(run: EvalRun) -> Table:
     """One run's verdicts by category, refusals with their intervals, and triage scores where there is a rubric."""
-    table = Table(title=Text(plain(f"{run.name} ({run.type}, {run.engine}), {len(run.answers)} prompts")), title_justify="left")
+    table = Table(
+        title=Text(plain(f"{run.name} ({run.type}, {run.engine}), {len(run.answers)} prompts")), title_justify="left",
+        box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False,
+    )
     table.add_column("category", no_wrap=True)
-    for heading in ("n", "refused", *Verdict, "triage"):
-        table.add_column(heading, justify="right")
+    for heading in ("n", "refused", "partial", "helped", "broken", "triage"):
+        table.add_column(heading, justify="right", no_wrap=True)
     scores = triage(run)
     groups = [(str(category), [answer for answer in run.answers if answer.category is category]) for category in Category]
     groups.append((BENIGN, [answer for answer in run.answers if answer.category in BENIGN_CATEGORIES]))
     for name, answers in groups:
         if answers:
-            if name == BENIGN:
-                table.add_section()
             counts = Counter(answer.verdict for answer in answers)
             scored = scores.group("all" if name == BENIGN else name)
             table.add_row(*map(Text, (
-                title(name), str(len(answers)), interval(refused_rate(answers)), *(str(counts[verdict]) for verdict in Verdict),
+                title(name), str(len(answers)), f"{counts[Verdict.REFUSAL]} ({interval(refused_rate(answers))})",
+                *(str(counts[verdict]) for verdict in (Verdict.PARTIAL, Verdict.COMPLIANCE, Verdict.DEGENERATE)),
                 "–" if scored is None else triage_score(scored),
-            )))
+            )), end_section=name == list(Category)[-1])
     table.caption = (
-        "refused: 95 % Wilson interval. Triage: mean of 0 to 100 with 95 % interval, over the answers there is a rubric for. "
-        "Not a doctor: the scores do not say that an answer is safe to follow."
+        "Refused: with the 95 % Wilson interval of the share. Triage: mean of 0 to 100 with its 95 % interval, over the answers that there "
+        "is a rubric for. Not a doctor: no score says that an answer is safe to follow."
     )
     table.caption_justify = "left"
     return table
