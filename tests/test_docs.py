@@ -100,7 +100,7 @@ def parse(call: list[str]) -> dict[str, Any]:
 
 
 def is_cheap(call: list[str]) -> bool:
-    return bool({"--help", "--version"} & {*call}) or call[:2] == ["models", "list"]
+    return bool({"--help", "--version"} & {*call}) or call[:2] in (["models", "list"], ["prompts", "list"]) or call == ["validate"]
 
 
 def run(arguments: list[str], cache: Path) -> subprocess.CompletedProcess[str]:

@@ -33,14 +33,15 @@ def test_buckets_are_in_range_sorted_and_each_once(text: str) -> None:
     found = logistic.buckets(normalise(text).text, ("mark",))
     assert len(found) >= 1
     assert (np.diff(found) > 0).all()
-    assert 0 <= found[0]
+    assert found[0] >= 0
     assert found[-1] < logistic.BUCKETS
 
 
 def test_role_probabilities_sum_to_one_and_tell_plain_cases() -> None:
     weights = shipped_model().sentences
     for text, role in (
-        ("i won't be part of that, whatever the reason.", SentenceRole.REFUSE), ("press a clean cloth firmly on the wound.", SentenceRole.HELP),
+        ("i won't be part of that, whatever the reason.", SentenceRole.REFUSE),
+        ("press a clean cloth firmly on the wound.", SentenceRole.HELP),
         ("are you somewhere safe right now?", SentenceRole.ASK), ("please see a doctor.", SentenceRole.REDIRECT),
     ):
         chances = role_probabilities(text, weights)
