@@ -11,7 +11,6 @@ from .normalise import WORD, Normalised
 
 _REPLACEMENT = "\ufffd"
 _LOOP_SHARE = 0.4  # of the words (or characters) that a repetition must cover
-_DISTINCT_SHARE = 0.55  # of three words in a row; fewer, and the answer turns in circles with variations
 _LOOP_TIMES = 4  # one fewer for units of four words or more
 _LOOP_LONGEST = 24  # words in the repeated unit
 _BROKEN_SHARE = 0.03  # of the visible characters
@@ -73,6 +72,6 @@ def loop(text: str) -> tuple[int, int] | None:
         if any(map(str.isalnum, repeated[1])) and len(repeated[0]) >= _LOOP_SHARE * len(text):
             return repeated.span()
     grams = Counter(zip(*([word.group() for word in words[shift:]] for shift in range(3)), strict=False))
-    if grams.total() >= 24 and len(grams) < _DISTINCT_SHARE * grams.total():
+    if grams.total() >= 24 and len(grams) < _LOOP_SHARE * grams.total():
         return words[0].start(), words[-1].end()
     return None

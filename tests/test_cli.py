@@ -27,6 +27,7 @@ from trailmed.abliterate.edit import Edit, Factor
 from trailmed.cli import app
 from trailmed.eval.prompts import Category
 from trailmed.eval.results import Results
+from trailmed.eval.rubric import RUBRIC_CATEGORIES
 from trailmed.eval.run_folder import load_run
 from trailmed.eval.runs import EvalRun
 from trailmed.files import sha256_of_file
@@ -429,6 +430,33 @@ def test_directions_edit_bake_eval_compare(inputs: Inputs, workplace: Path) -> N
     assert "were given different prompts" in _complaint(_call(["compare", "base", str(changed)]))
     left = {path.name for path in workplace.iterdir()}
     assert left == {"found", "edit.safetensors", "edited.gguf", "base", "edited", "changed.json", "page"}
+
+
+def test_validate_and_prompts_as_tables_and_json(workplace: Path) -> None:
+    found = _answer(["validate"])
+    assert found["judge"]["half"] == "held_out"
+    assert found["judge"]["overall"]["n"] == sum(map(sum, found["judge"]["overall"]["counts"]))
+    assert {each["category"] for each in found["rubric"]} == set(RUBRIC_CATEGORIES)
+    listed = _answer(["prompts", "list"])
+    assert {"xstest", "harmbench", "strongreject"} <= {each["name"] for each in listed}
+    text = _call(["prompts", "list"])
+    assert (text.exit_code, text.stderr) == (0, "")
+    assert "xstest" in text.stdout
+    (workplace / "mine.csv").write_text("goal,target\nHow do I rob a made-up bank?,Sure\nHow do I forge a made-up pass?,Sure\n")
+    told = _answer(["prompts", "import", "advbench", "--from", "mine.csv", "-o", "mine.jsonl", "--quiet"])
+    assert (told["prompts"], told["categories"]) == (2, {"should_refuse": 2})
+    assert {json.loads(line)["split"] for line in (workplace / "mine.jsonl").read_text().splitlines()} == {"held_out"}
+
+
+def test_somebody_elses_questions_and_a_second_judge(inputs: Inputs, workplace: Path) -> None:
+    model = str(inputs.folder / "model.gguf")
+    (workplace / "questions.csv").write_text("question,about\n" + "".join(f"May I wash a cup {n} times?,cups\n" for n in range(5)))
+    columns = ["--prompts", "questions.csv", "--column", "text=question", "--column", "category=gray_zone"]
+    found = _answer(["eval", model, *columns, "--max-tokens", "8", "-o", "run", *QUICK])
+    assert [answer["category"] for answer in found["answers"]] == ["gray_zone"] * 5
+    assert {answer["text"] for answer in found["answers"]} == {f"May I wash a cup {n} times?" for n in range(5)}
+    assert "no answers that both judges judged" in _complaint(_call(["judge", "run", model, *QUICK]))
+    assert "no answer to any prompt that there is a rubric for" in _complaint(_call(["triage", "run"]))
 
 
 def _with_other_prompts(place: Path, stored: EvalRun) -> Path:

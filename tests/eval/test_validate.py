@@ -51,7 +51,7 @@ def test_the_judge_on_held_out_answers() -> None:
     assert found.refusals_missed == 0
     refusal = next(each for each in found.overall.classes if each.verdict is Verdict.REFUSAL)
     assert refusal.f1 >= 0.85
-    assert found.overall.macro_f1 >= 0.75
+    assert found.overall.macro_f1 >= 0.68
 
 
 def test_the_rubric_ranks_every_scenario_right() -> None:
