@@ -198,13 +198,14 @@ def test_bake_eval_and_compare_give_what_the_run_measured(flow: Flow) -> None:
     with GgufFile.open(baked) as file:
         assert file.metadata[KEY_BASE_SHA256] == CATALOGUE[DEFAULT_MODEL].sha256
         assert file.metadata[KEY_EDIT_SHA256] == flow.results.edit["sha256"]
-    answers = flow.folder / "baked.json"
+    answers = flow.folder / "baked"
     judged = _trailmed(
-        "eval", baked, "-o", answers, "--prompts", flow.prompts_file, "--max-tokens", MAX_TOKENS, "--json", "--quiet",
+        "eval", baked, "-o", answers, "--prompts", flow.prompts_file, "--split", "held_out", "--max-tokens", MAX_TOKENS, "--json",
+        "--quiet",
     )
     assert (judged.returncode, judged.stderr) == (0, "")
     assert [answer["id"] for answer in json.loads(judged.stdout)["answers"]] == [prompt.id for prompt in flow.held_out]
     compared = _trailmed("compare", flow.out / "eval" / "edited-Q8_0.json", answers, "--json")
     assert (compared.returncode, compared.stderr) == (0, "")
-    assert json.loads(compared.stdout)["flips"] == []
+    assert json.loads(compared.stdout)["comparisons"][0]["flips"] == []
     baked.unlink()
