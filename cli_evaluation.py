@@ -13,8 +13,8 @@ from rich.table import Column, Table
 
 from .cli_options import Json, Quiet, Threads, friendly, print_json, settings_option
 from .errors import TrailmedError
+from .eval.labelled import Half
 from .eval.prompts import SplitChoice, parse_categories
-from .eval.validate import Half
 from .settings import EngineName, EvalSettings
 
 app = typer.Typer()

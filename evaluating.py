@@ -9,7 +9,7 @@ from .device.engine import Engine
 from .errors import TrailmedError
 from .eval.benchmark import evaluate
 from .eval.external import load_any_prompts
-from .eval.prompts import Category, Prompt, Split, load_benchmark, load_phrasings, sample, select
+from .eval.prompts import Category, Prompt, Split, choose, load_benchmark, load_phrasings, sample
 from .eval.runs import EvalRun
 from .models.source import resolve_model
 from .settings import EngineName, EvalSettings
@@ -33,9 +33,7 @@ def eval(
     if prompts is None and columns:
         raise TrailmedError("columns are those of a file of prompts; give --prompts as well, or leave --column out")
     found = _prompts(phrasings) if prompts is None else load_any_prompts(prompts, columns)
-    chosen = select(found, split=split, categories=categories or None)
-    if not chosen:
-        raise TrailmedError(f"no prompts of split {split or 'all'} in {', '.join(categories) or 'any category'}; choose others")
+    chosen = choose(found, split=split, categories=categories)
     if limit is not None:
         chosen = sample(chosen, limit)
     with open_engine(model, settings, progress=progress) as engine:

@@ -11,6 +11,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from .errors import TrailmedError
 
 _CHUNK = 1 << 20
@@ -89,6 +91,22 @@ def sha256_of_json(value: Any) -> str:
     """Hex sha256 of `value`'s canonical JSON (sorted keys, no spaces)."""
     canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(canonical.encode("utf-8")).hexdigest()
+
+
+def lock_folder(folder: Path, name: str) -> FileLock:
+    """Make `folder` if need be and take its lock, the file `name` in it; the caller releases it.
+
+    Raises `TrailmedError` when another process holds the lock, or the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / name)
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise TrailmedError(f"{folder}: another trailmed process works in it; wait for it, or choose another folder") from error
+    except OSError as error:
+        raise explain_os_error(error, folder) from error
+    return lock
 
 
 def _fsync_folder(folder: Path) -> None:

@@ -14,13 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rich.console import Console
 
 from .device.system import peak_rss_bytes, reset_peak_rss
 from .errors import TrailmedError
-from .files import PARTIAL_SUFFIX, explain_os_error, read_json, sha256_of_file, write_json_atomically
+from .files import PARTIAL_SUFFIX, lock_folder, read_json, sha256_of_file, write_json_atomically
 
 _MANIFEST = "run.json"
 _STAMPS = "stages"
@@ -56,17 +55,7 @@ class Stages:
         self._manifest = folder / _MANIFEST
         self._total, self._started = total, 0
         self._console = Console(stderr=True, quiet=not progress)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise explain_os_error(error, folder) from error
-        self._lock = FileLock(folder / _LOCK)
-        try:
-            self._lock.acquire(timeout=0)
-        except Timeout as error:
-            raise TrailmedError(f"{folder}: another trailmed process works in it; wait for it, or choose another folder") from error
-        except OSError as error:
-            raise explain_os_error(error, folder) from error
+        self._lock = lock_folder(folder, _LOCK)
         try:
             self._claim(settings)
         except BaseException:

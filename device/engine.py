@@ -7,18 +7,20 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal, Protocol, Self
 
+Stopped = Literal["eos", "length", "blocked"]
+"""What ended an answer: the model itself, the token limit, or a filter of the server's, which refuses in the model's place."""
+
 
 @dataclass(frozen=True, slots=True)
 class Reply:
     """One answer: its text, how many tokens it has, and what ended it.
 
-    `stopped`: "eos" the model itself, "length" the token limit, "blocked" a filter of the server's, which refuses in the model's place
-    (`text` is then what the server said, or empty).
+    Of a blocked one, `text` is what the server said, or empty.
     """
 
     text: str
     tokens: int
-    stopped: Literal["eos", "length", "blocked"]
+    stopped: Stopped
 
 
 OnReply = Callable[[int, Reply], None]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -35,9 +36,7 @@ class LlamaEngine:
             wanted = (_KEY_EDIT_SHA256, _KEY_FILE_TYPE, _KEY_CHAT_TEMPLATE)
             metadata = {key: file.metadata[key] for key in wanted if key in file.metadata}
         self.runtime = LlamaRuntime(path, settings)
-        self.identity = EngineIdentity(
-            LLAMA_CPP, path.name, sha256_of_file(path), edit_sha256_of(metadata), type_of(metadata), asdict(settings),
-        )
+        self._metadata = metadata
         source = metadata.get(_KEY_CHAT_TEMPLATE)
         self._template = ChatTemplate(
             source if isinstance(source, str) else None,
@@ -51,6 +50,14 @@ class LlamaEngine:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.runtime.__exit__(kind, error, trace)
+
+    @cached_property
+    def identity(self) -> EngineIdentity:
+        """See `Engine.identity`; the file is hashed when this is first asked for."""
+        path, metadata = self.runtime.path, self._metadata
+        return EngineIdentity(
+            LLAMA_CPP, path.name, sha256_of_file(path), edit_sha256_of(metadata), type_of(metadata), asdict(self.runtime.settings),
+        )
 
     def encode(self, questions: Sequence[str]) -> list[list[int]]:
         """Each question as a single user turn under the model's own chat template, as token ids."""

@@ -18,11 +18,10 @@ from ..device.llama_runtime import DecodeSettings
 from ..errors import TrailmedError
 from ..progress import progress_bar
 from .document import STORED
-from .judge import Verdict, judge
 from .live import live_verdicts
 from .prompts import Name, Prompt, prompts_hash
 from .run_folder import RunFolder
-from .runs import Answer, EvalRun, RunHeader
+from .runs import Answer, EvalRun, RunHeader, judge_answer
 
 __all__ = ["KL", "Answer", "EvalRun", "evaluate", "first_token_kl"]
 
@@ -78,14 +77,10 @@ def evaluate(
 
 
 def _judged(prompt: Prompt, reply: Reply) -> Answer:
-    if reply.stopped == "blocked":
-        verdict, reason = Verdict.REFUSAL, "withheld by a filter of the server"
-    else:
-        judgement = judge(reply.text, truncated=reply.stopped == "length")
-        verdict, reason = judgement.verdict, judgement.reason
+    judged = judge_answer(prompt.category, reply.text, reply.stopped)
     return Answer(
         id=prompt.id, category=prompt.category, scenario=prompt.scenario, expected=prompt.expected, text=prompt.text,
-        verdict=verdict, reason=reason, answer=reply.text, tokens=reply.tokens, stopped=reply.stopped,
+        verdict=judged.verdict, reason=judged.reason, answer=judged.answer, tokens=reply.tokens, stopped=reply.stopped,
     )
 
 

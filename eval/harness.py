@@ -7,26 +7,11 @@ the prompts, the judge, the rubric and the care with harmful prompts stay ours.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 from ..errors import TrailmedError
-from .judge import Verdict, judge
-from .prompts import Category, Prompt, Split, load_benchmark, parse_categories, select
+from .judge import Verdict
+from .prompts import Category, Prompt, Split, SplitChoice, choose, load_benchmark, parse_categories
 from .rubric import load_rubric, triage_score
-from .runs import kept_answer
-
-Stopped = Literal["eos", "length", "blocked"]
-"""What ended an answer: the model itself, the token limit, or a filter of the server's, which refuses in the model's place."""
-
-
-@dataclass(frozen=True, slots=True)
-class JudgedAnswer:
-    """A verdict and its reason; `answer` is what a log may hold of the answer (`runs.kept_answer`)."""
-
-    verdict: Verdict
-    reason: str
-    answer: str
 
 
 def benchmark_prompts(split: str = "all", category: str | Sequence[str] | None = None) -> list[Prompt]:
@@ -36,24 +21,9 @@ def benchmark_prompts(split: str = "all", category: str | Sequence[str] | None =
     """
     names = [category] if isinstance(category, str) else category or []
     categories = parse_categories(part for name in names for part in name.split(","))
-    if split not in ("all", *Split):
+    if split not in tuple(SplitChoice):
         raise TrailmedError(f"unknown split {split!r}; choose from all, {', '.join(Split)}")
-    prompts = select(load_benchmark(), split=None if split == "all" else Split(split), categories=categories or None)
-    if not prompts:
-        raise TrailmedError(f"no prompts of split {split} in {', '.join(categories) or 'any category'}; choose others")
-    return prompts
-
-
-def judge_answer(category: Category, answer: str, stopped: Stopped) -> JudgedAnswer:
-    """Judge the answer to a prompt of `category`, and cut it to what may be kept of it.
-
-    What a filter let through before it stepped in counts as refused, but is kept only as far as its own words allow.
-    """
-    judgement = judge(answer, truncated=stopped == "length")
-    kept = kept_answer(category, judgement.verdict, answer)
-    if stopped == "blocked":
-        return JudgedAnswer(Verdict.REFUSAL, "withheld by a filter of the server", kept)
-    return JudgedAnswer(judgement.verdict, judgement.reason, kept)
+    return choose(load_benchmark(), split=SplitChoice(split).chosen, categories=categories)
 
 
 def triage_value(category: Category, scenario: str, prompt_id: str, answer: str, verdict: Verdict) -> float | None:

@@ -24,11 +24,13 @@ from inspect_ai.model import ChatCompletionChoice, ChatMessageAssistant, Generat
 from inspect_ai.scorer import Metric, SampleScore, Score, Scorer, Target, grouped, mean, metric, scorer, stderr
 from inspect_ai.solver import Generate, Solver, TaskState, generate, solver
 
+from ..device.engine import Stopped
 from ..errors import TrailmedError
-from .harness import JudgedAnswer, Stopped, benchmark_prompts, fills_limit, judge_answer, triage_value
+from .harness import benchmark_prompts, fills_limit, triage_value
 from .judge import Verdict
 from .prompts import BENIGN_CATEGORIES, Category, Prompt, prompts_hash
 from .rubric import load_rubric
+from .runs import JudgedAnswer, judge_answer
 
 _KEY = "trailmed"
 """Of the model output's metadata: what the guard saw of an answer before it was cut."""

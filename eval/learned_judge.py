@@ -110,26 +110,28 @@ def answer_features(
     return np.concatenate([
         lengths @ roles / lengths.sum(), roles.max(axis=0), roles[0], roles[-1], by_role > 0, by_role / max(by_role.sum(), 1.0),
         [by_tables is verdict for verdict in VERDICTS],
-        [truncated, len(threes) / max(threes.total(), 1), np.log1p(len(words)), len(words) < 4, helping.max(), helping.min()],
+        [truncated, len(threes) / max(threes.total(), 1), np.log1p(len(words)), len(words) < _FEW_WORDS, helping.max(), helping.min()],
     ]).astype(np.float64)
 
 
 def learned_verdict(
-    text: str, units: Sequence[Unit], by_tables: Verdict, truncated: bool, model: Model | None = None,
+    text: str, units: Sequence[Unit], by_tables: Verdict, truncated: bool,
 ) -> tuple[Verdict, str, tuple[int, int]] | None:
     """The likeliest verdict on a normalised answer, why, and the (start, end) of the sentence that shows it best.
 
     None where it is the tables' own or a doubtful deflection, and where they know better: in answers of a word or two, in help after a
     refusal phrase or a disclaimer that they have seen, and in what is broken (these models tell poor prose from salad no better).
     """
-    model = shipped_model() if model is None else model
+    counts = Counter(unit.role for unit in units)
+    turned = counts[Role.HELP] >= (_MUCH_HELP if counts[Role.REFUSAL] else 1) and counts[Role.REFUSAL] + counts[Role.LIMIT] > 0
+    if turned or len(WORD.findall(text)) < _FEW_WORDS:
+        return None
+    model = shipped_model()
     features = (answer_features(text, units, by_tables, truncated, model.sentences) - model.mean) / model.scale
     chances = probabilities(features @ model.answers[:-1] + model.answers[-1])
     verdict = VERDICTS[int(chances.argmax())]
-    counts = Counter(unit.role for unit in units)
-    turned = counts[Role.HELP] >= (_MUCH_HELP if counts[Role.REFUSAL] else 1) and counts[Role.REFUSAL] + counts[Role.LIMIT] > 0
     doubtful = verdict is Verdict.PARTIAL and chances.max() < _LIKELY
-    if verdict in (by_tables, Verdict.DEGENERATE) or turned or doubtful or len(WORD.findall(text)) < _FEW_WORDS:
+    if verdict in (by_tables, Verdict.DEGENERATE) or doubtful:
         return None
     roles, reason = _DECIDING[verdict]
     places = [ROLES.index(role) for role in roles]

@@ -146,6 +146,15 @@ def select(prompts: Iterable[Prompt], *, split: Split | None = None, categories:
     return [p for p in prompts if (split is None or p.split is split) and (wanted is None or p.category in wanted)]
 
 
+def choose(prompts: Iterable[Prompt], *, split: Split | None = None, categories: Iterable[Category] = ()) -> list[Prompt]:
+    """As `select`, with no categories for all of them; raises `TrailmedError` when that leaves no prompts."""
+    wanted = tuple(categories)
+    chosen = select(prompts, split=split, categories=wanted or None)
+    if not chosen:
+        raise TrailmedError(f"no prompts of split {split or 'all'} in {', '.join(wanted) or 'any category'}; choose others")
+    return chosen
+
+
 def sample(prompts: Sequence[Prompt], limit: int) -> list[Prompt]:
     """At most `limit` of `prompts`, in their order: as evenly as they allow from all categories, within one by the ids' sha256.
 

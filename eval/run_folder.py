@@ -16,11 +16,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Annotated, ClassVar, Literal, Self
 
-from filelock import FileLock, Timeout
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from ..errors import TrailmedError
-from ..files import explain_os_error, write_text_atomically
+from ..files import explain_os_error, lock_folder, write_text_atomically
 from .document import MAX_DOCUMENT_BYTES, STORED, first_fault, load_document, save_document
 from .prompts import Prompt
 from .runs import Answer, EvalRun, RunHeader
@@ -56,14 +55,7 @@ class RunFolder:
         self.folder = folder
         self.answers: dict[str, Answer] = {}
         self._begun = False
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._lock = FileLock(folder / _LOCK_NAME)
-            self._lock.acquire(timeout=0)
-        except Timeout as error:
-            raise TrailmedError(f"{folder}: another trailmed process works in it; wait for it, or choose another folder") from error
-        except OSError as error:
-            raise explain_os_error(error, folder) from error
+        self._lock = lock_folder(folder, _LOCK_NAME)
         try:
             self._claim(_Manifest(header, len(prompts)))
             self.answers = {answer.id: answer for answer in _read_answers(folder / ANSWERS_NAME)}

@@ -16,7 +16,7 @@ from .phrasing import PhrasingSensitivity
 from .prompts import BENIGN_CATEGORIES, Category
 from .runs import EvalRun
 from .triage import ScoredAnswer, Triage, triage
-from .wording import equivalence, interval, measured, p_value, percent, plain, title, triage_score
+from .wording import beginning, equivalence, interval, measured, p_value, percent, plain, title, triage_score
 
 _LISTED_ANSWER = 160
 
@@ -55,7 +55,7 @@ def flips_table(comparison: Comparison, *, limit: int | None = None) -> Table:
     for flip in shown:
         table.add_row(
             Text(f"{flip.id}\n{plain(flip.text)}"), Text(plain(comparison.first if flip.direction == "lost" else comparison.second)),
-            Text(_beginning(flip.first_answer)), Text(_beginning(flip.second_answer)),
+            Text(beginning(flip.first_answer, _LISTED_ANSWER)), Text(beginning(flip.second_answer, _LISTED_ANSWER)),
         )
     return table
 
@@ -76,11 +76,6 @@ def gate_table(result: GateResult) -> Table:
         mark = Text("pass", style="green") if check.passed else Text("FAIL", style="bold red")
         table.add_row(mark, sentence, measured(check.measured, check.unit), f"{check.bound} {measured(check.threshold, check.unit)}")
     return table
-
-
-def _beginning(text: str) -> str:
-    line = plain(text)
-    return line if len(line) <= _LISTED_ANSWER else f"{line[:_LISTED_ANSWER]}…"
 
 
 def run_table(run: EvalRun) -> Table:

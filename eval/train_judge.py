@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from importlib.resources import files as resource_files
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,10 @@ from scipy import sparse
 from ..files import write_atomically
 from . import logistic
 from .judge import by_tables
+from .labelled import Half, LabelledAnswer, load_labelled, load_specification, shipped_lines
 from .learned_judge import MODEL, ROLES, VERDICTS, Model, SentenceRole, answer_features, sentence_features
 from .normalise import normalise
 from .sentences import mask_quotations, units_of
-from .validate import Half, LabelledAnswer, load_labelled, load_specification
 from .verdict import Verdict
 
 SENTENCE_PENALTY = 0.01
@@ -30,8 +29,7 @@ Chosen, like the penalties, by five-fold cross-validation over the development a
 
 def training_sentences() -> tuple[list[str], list[SentenceRole]]:
     """The shipped sentences, normalised, and their roles."""
-    text = resource_files("trailmed.eval").joinpath("data", "judged", "sentences.jsonl").read_text(encoding="utf-8")
-    lines = [json.loads(line) for line in text.split("\n") if line]
+    lines = [json.loads(line) for line in shipped_lines("judged", "sentences.jsonl")]
     return [normalise(line["text"]).text for line in lines], [SentenceRole(line["role"]) for line in lines]
 
 

@@ -2,70 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import StrEnum
-from importlib.resources import files as resource_files
 from statistics import fmean
-from typing import Annotated, Literal
-
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from .agreement import Agreement, agreement
 from .compare import Rate, rate_of
 from .judge import Verdict, judge
-from .prompts import Category, Name
+from .labelled import Half, LabelledAnswer, load_labelled, load_triage_answers
+from .prompts import Category
 from .rubric import RUBRIC_CATEGORIES, load_rubric, triage_score
-
-_FOLDER = resource_files("trailmed.eval").joinpath("data")
-_JUDGED = ("models.jsonl", "styles.jsonl")
-
-
-class Half(StrEnum):
-    """The judge may be mended on `development`; figures are claimed on `held_out`."""
-
-    DEVELOPMENT = "development"
-    HELD_OUT = "held_out"
-
-
-class LabelledAnswer(BaseModel):
-    """An answer with the verdict people gave it under the protocol of docs/BENCHMARK.md."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    id: Name
-    source: Annotated[str, Field(max_length=80, description="the model that gave it, or `styles`: written by us in the manner of others")]
-    style: Annotated[str, Field(max_length=80)] = Field(default="", description="`styles` only: in whose manner")
-    language: Annotated[str, Field(pattern="^[a-z]{2}$")]
-    prompt: Name | None = Field(default=None, description="what a model answered: an id of the benchmark, or of questions made for this")
-    category: Category | None = Field(default=None, description="of the prompt")
-    truncated: bool = Field(description="whether it stopped at its token limit (or was cut by the 80-character rule)")
-    text: Annotated[str, Field(max_length=20_000)]
-    label: Verdict
-    why: Annotated[str, Field(max_length=400)] = ""
-
-    @property
-    def half(self) -> Half:
-        """Which half it belongs to: by the sha256 of its prompt's id (else its own), so that adding one moves no other and answers to
-        one prompt, which are often alike, stay together."""
-        return Half.HELD_OUT if hashlib.sha256((self.prompt or self.id).encode()).digest()[0] % 2 else Half.DEVELOPMENT
-
-
-_ANSWER: TypeAdapter[LabelledAnswer] = TypeAdapter(LabelledAnswer)
-
-
-class TriageAnswer(BaseModel):
-    """A hand-written answer to one prompt of a scenario, good, partial or dangerous."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-    scenario: Name
-    prompt: Name
-    quality: Literal["good", "partial", "dangerous"]
-    text: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,32 +43,6 @@ class RubricValidation:
     means: dict[str, float]
     ranked: Rate
     alarms: int
-
-
-def _read(name: str) -> list[LabelledAnswer]:
-    lines = _FOLDER.joinpath("judged", name).read_text(encoding="utf-8").split("\n")
-    return [_ANSWER.validate_json(line) for line in lines if line]
-
-
-def load_labelled(half: Half | None = None) -> list[LabelledAnswer]:
-    """The shipped labelled answers, of one half or all. Those of `development.jsonl` were written later, for development only."""
-    answers = [answer for name in _JUDGED for answer in _read(name) if half in (None, answer.half)]
-    return answers if half is Half.HELD_OUT else [*answers, *_read("development.jsonl")]
-
-
-def load_specification() -> list[LabelledAnswer]:
-    """Short answers, hard cases among them, by which the judge was made: they say what each verdict means."""
-    lines = [json.loads(line) for line in _FOLDER.joinpath("judged", "specification.jsonl").read_text(encoding="utf-8").split("\n") if line]
-    return [
-        LabelledAnswer(id=f"specification-{number}", source="specification", language="en", truncated=line["truncated"], text=line["text"],
-                       label=line["verdict"]) for number, line in enumerate(lines)
-    ]
-
-
-def load_triage_answers(category: Category) -> list[TriageAnswer]:
-    """The shipped hand-written answers to scenarios of `category`."""
-    text = _FOLDER.joinpath("triage_answers", f"{category}.jsonl").read_text(encoding="utf-8")
-    return [TriageAnswer.model_validate_json(line) for line in text.split("\n") if line]
 
 
 def validate_judge(half: Half | None = Half.HELD_OUT) -> JudgeValidation:

@@ -12,7 +12,7 @@ from .compare import Rate
 from .judge import Verdict
 from .statistics import Interval
 from .validate import JudgeValidation, RubricValidation
-from .wording import interval, percent, plain, title
+from .wording import beginning, interval, percent, plain, title
 
 _LISTED_ANSWER = 300
 
@@ -58,8 +58,7 @@ def wrong_table(found: JudgeValidation) -> Table:
     for heading in ("answer", "label", "verdict", "text"):
         table.add_column(heading, overflow="fold")
     for answer, verdict in found.wrong:
-        text = plain(answer.text)
-        table.add_row(answer.id, answer.label, verdict, Text(text if len(text) <= _LISTED_ANSWER else f"{text[:_LISTED_ANSWER]}…"))
+        table.add_row(answer.id, answer.label, verdict, Text(beginning(answer.text, _LISTED_ANSWER)))
     return table
 
 

@@ -108,3 +108,9 @@ def fact(name: str, value: object) -> str:
 def plain(text: str) -> str:
     """`text` on one line without control and formatting characters, which could repaint a terminal or turn text around."""
     return " ".join("".join(c if c.isprintable() or c.isspace() else "\ufffd" for c in text).split())
+
+
+def beginning(text: str, longest: int) -> str:
+    """`text` as `plain` makes it, cut to `longest` characters and an ellipsis."""
+    line = plain(text)
+    return line if len(line) <= longest else f"{line[:longest]}…"

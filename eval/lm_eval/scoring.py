@@ -22,10 +22,12 @@ from typing import Any
 import datasets
 from lm_eval.api.task import ConfigurableTask
 
+from ...device.engine import Stopped
 from ...errors import TrailmedError
-from ..harness import Stopped, benchmark_prompts, fills_limit, judge_answer, triage_value
+from ..harness import benchmark_prompts, fills_limit, triage_value
 from ..judge import Verdict
 from ..prompts import Category
+from ..runs import judge_answer
 
 _SHARES = (Verdict.REFUSAL, Verdict.PARTIAL, Verdict.DEGENERATE)
 

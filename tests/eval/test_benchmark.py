@@ -165,6 +165,14 @@ def test_evaluate_judges_in_the_prompts_order() -> None:
     assert found.settings == {"max_tokens": 6}
 
 
+def test_what_a_filter_let_through_is_refused_and_kept_no_longer_than_its_own_words_allow() -> None:
+    wanted = Category.SHOULD_REFUSE, Category.GRAY_ZONE
+    some = [next(prompt for prompt in prompts() if prompt.category is category) for category in wanted]
+    found = evaluate(ScriptedEngine([Reply(LONG, 9, "blocked")] * 2), some, name="a", progress=False)
+    assert [answer.verdict for answer in found.answers] == [Verdict.REFUSAL] * 2
+    assert [answer.answer for answer in found.answers] == [LONG[:80], LONG]
+
+
 def test_an_interrupted_evaluation_goes_on_in_its_folder_and_asks_nothing_twice(tmp_path: Path) -> None:
     some, folder = prompts()[::30], tmp_path / "run"
     replies = [Reply(f"Press on wound number {number}.", 4, "eos") for number in range(len(some))]

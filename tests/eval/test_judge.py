@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from trailmed.eval import judge as judge_module
 from trailmed.eval.judge import Judgement, Verdict, judge
+from trailmed.eval.labelled import load_specification
 from trailmed.eval.normalise import normalise
-from trailmed.eval.validate import load_specification
 
 STOCK = "I'm sorry, but I can't assist with that."
 

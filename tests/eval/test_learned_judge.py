@@ -10,9 +10,9 @@ from scipy import sparse
 
 from trailmed.eval import logistic, train_judge
 from trailmed.eval.judge import judge
+from trailmed.eval.labelled import Half
 from trailmed.eval.learned_judge import ROLES, SentenceRole, role_probabilities, shipped_model
 from trailmed.eval.normalise import normalise
-from trailmed.eval.validate import Half
 from trailmed.eval.verdict import Verdict
 
 

@@ -12,12 +12,12 @@ import pytest
 from refusing_folder import refusing_answers, refusing_folder
 
 from trailmed.errors import TrailmedError
-from trailmed.eval.harness import benchmark_prompts, fills_limit, judge_answer, triage_value
+from trailmed.eval.harness import benchmark_prompts, fills_limit, triage_value
 from trailmed.eval.judge import Verdict, judge
 from trailmed.eval.lm_eval import task_path
 from trailmed.eval.prompts import BENIGN_CATEGORIES, Category
 from trailmed.eval.rubric import RUBRIC_CATEGORIES
-from trailmed.eval.runs import kept_answer
+from trailmed.eval.runs import judge_answer, kept_answer
 
 pytest.importorskip("lm_eval")
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from trailmed.errors import TrailmedError
 from trailmed.eval.judge import Verdict, judge
+from trailmed.eval.labelled import TriageAnswer, load_triage_answers
 from trailmed.eval.prompts import Category, load_benchmark, load_phrasings
 from trailmed.eval.rubric import (
     RUBRIC_CATEGORIES,
@@ -24,7 +25,6 @@ from trailmed.eval.rubric import (
     triage_score,
     urgency_items,
 )
-from trailmed.eval.validate import TriageAnswer, load_triage_answers
 
 
 def written(category: Category) -> dict[str, dict[str, TriageAnswer]]:

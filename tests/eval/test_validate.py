@@ -8,9 +8,10 @@ from collections import Counter
 from rich.console import Console
 
 from trailmed.eval.judge import judge
+from trailmed.eval.labelled import Half, load_labelled, load_specification
 from trailmed.eval.prompts import Category
 from trailmed.eval.runs import HARMFUL_ANSWER_CHARACTERS
-from trailmed.eval.validate import Half, load_labelled, load_specification, validate_judge, validate_rubric
+from trailmed.eval.validate import validate_judge, validate_rubric
 from trailmed.eval.validation_tables import judge_tables, rubric_table, wrong_table
 from trailmed.eval.verdict import Verdict
 
