@@ -18,14 +18,27 @@ from .abliterate.edit import Edit
 from .abliterate.observed import Observed, Role, masks_by_role
 from .device.system import physical_cores
 from .errors import TrailmedError
-from .eval.prompts import Split, load_benchmark, load_prompts, load_retain, prompts_hash
+from .eval.prompts import Prompt, Split, load_benchmark, load_prompts, load_retain, prompts_hash
 from .files import sha256_of_file
-from .fitting import capture_activations, find_directions, fit_edit, fit_prompts, observe, origin_of, read_observed
+from .fitting import (
+    capture_activations,
+    find_directions,
+    fit_edit,
+    fit_prompts,
+    observe,
+    origin_of,
+    read_observed,
+    sampled_scenarios,
+    unasked,
+)
 from .models.load import LoadedModel, load_model
 from .models.precision import compute_dtype
 from .models.source import resolve_model
-from .settings import EditSettings, settings_document
+from .settings import EditSettings, Method, settings_document
 from .stages import Stages
+
+_RETAIN_ASKED = 576
+"""Prompts of the retain set, at most, that the methods learn from which need the base's answers to them."""
 
 Stage = tuple[str, list[Path] | Callable[[], list[Path]], Callable[[], object]]
 """Name, outputs and work of a stage, as `Stages.run` takes them."""
@@ -45,6 +58,8 @@ class EditJob:
         self.retain = [
             prompt.model_copy(update={"split": Split.FIT}) for prompt in (load_retain() if retain is None else load_prompts(retain))
         ]
+        if settings.method is not Method.CONDITIONAL:
+            self.retain = sampled_scenarios(self.retain, _RETAIN_ASKED)
         self.fit, self.validation = fit_prompts(self.benchmark, self.retain)
         # Directions are means over the benchmark's own fit split, which comes first in `fit`; the retain set is for what must stay.
         self.shown = [prompt for prompt in self.benchmark if prompt.split is Split.FIT]
@@ -75,8 +90,19 @@ class EditJob:
 
     def observed(self) -> tuple[list[Observed], list[Observed]]:
         """What the base did with the fit (and retain) prompts, `shown` first, and with the validation prompts."""
-        found = read_observed(self.model, [*self.fit, *self.validation], self.answers)
-        return found[: len(self.fit)], found[len(self.fit) :]
+        asked = {each.id: each for each in read_observed(self.model, self._asked, self.answers)}
+        shown = {each.id: each for each in unasked(self.model, [each for each in [*self.fit, *self.validation] if each.id not in asked])}
+        fit, validation = ([asked.get(each.id) or shown[each.id] for each in prompts] for prompts in (self.fit, self.validation))
+        return fit, validation
+
+    @property
+    def _asked(self) -> list[Prompt]:
+        """The prompts the base is asked: all, but for `conditional`, to which the retain set shows what requests are, not what the base
+        does with them; so the set may be large."""
+        if self.settings.method is not Method.CONDITIONAL:
+            return [*self.fit, *self.validation]
+        retained = {prompt.id for prompt in self.retain}
+        return [prompt for prompt in [*self.fit, *self.validation] if prompt.id not in retained]
 
     @cached_property
     def model(self) -> LoadedModel:
@@ -90,7 +116,7 @@ class EditJob:
         gc.collect()
 
     def _observe(self) -> None:
-        observe(self.model, [*self.fit, *self.validation], self.answers, progress=self.progress)
+        observe(self.model, self._asked, self.answers, progress=self.progress)
 
     def _capture(self) -> None:
         capture_activations(self.model, self.shown, progress=self.progress).save(self.activations)

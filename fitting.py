@@ -6,6 +6,7 @@ This is the place where the benchmark's prompts and judge meet the methods, whic
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -84,6 +85,17 @@ def read_observed(model: LoadedModel, prompts: Sequence[Prompt], path: Path) -> 
             scenario=prompt.scenario,
         )
         for prompt, record in zip(prompts, records, strict=True)
+    ]
+
+
+def unasked(model: LoadedModel, prompts: Sequence[Prompt]) -> list[Observed]:
+    """Prompts the base is not asked: what an edit learns from is that they are benign, or harmful."""
+    return [
+        Observed(
+            id=prompt.id, category=prompt.category, should_refuse=prompt.category is Category.SHOULD_REFUSE,
+            token_ids=tuple(encode(model, prompt)), answer=(), refused=False, scenario=prompt.scenario, asked=False,
+        )
+        for prompt in prompts
     ]
 
 
@@ -186,6 +198,18 @@ def fit_prompts(benchmark: Sequence[Prompt], retain: Sequence[Prompt]) -> tuple[
         elif prompt.category is Category.SHOULD_REFUSE:
             validation.append(prompt)
     return fit, validation
+
+
+def sampled_scenarios(prompts: Sequence[Prompt], most: int) -> list[Prompt]:
+    """The prompts of as many whole scenarios as hold at most `most`, chosen by a hash of their name, in the order given."""
+    sizes = Counter(prompt.scenario for prompt in prompts)
+    chosen: set[str] = set()
+    for scenario in sorted(sizes, key=lambda each: _share_of(f"sampled {each}")):  # not the order that `fit_prompts` shares them out by
+        most -= sizes[scenario]
+        if most < 0:
+            break
+        chosen.add(scenario)
+    return [prompt for prompt in prompts if prompt.scenario in chosen]
 
 
 def _share_of(scenario: str) -> float:

@@ -17,10 +17,9 @@ import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch.nn import functional
 
 from ..errors import TrailmedError
 from ..progress import Advance, progress_bar
@@ -28,45 +27,23 @@ from .activations import inputs_at
 from .calibrate import MOST_COUNTS, Counts, least_move, separation
 from .edit import Edit, Factor
 from .factors import attached
+from .neuron import Neuron
 from .observed import Observed, Role, evenly_spread, refusal_at_stake, role_of
 from .opening import OpeningProbe
 from .origin import EditOrigin
+from .reading import STEEPNESS, Rows, class_of, elsewhere, fitted_rows, folds
 from .teacher import refusal_openings
 from .validation import telling
 
 _SAMPLED = 64
 """Prompts the gradient is the mean of."""
-_CROSSED = 128
-"""Prompts asked in cross-validation."""
-_ELSEWHERE_TOKENS = 4
-"""Of the second half of each answered prompt."""
-_ANSWER_TOKENS = 16
-_STEEPNESS = 8.0
-"""How far the gate opens: act(8) is 8 and act(−8) is 0 for every activation function gated MLPs have, within a thousandth of 8."""
-_CONSTANT_RIDGE = 0.003
-_ELSEWHERE_WEIGHT = 0.02
-"""Of the other tokens in the regression of what is read, where the gate has been shut already; each class of prompts weighs 1."""
-_FOLDS = 4
-_READINGS = {
-    Role.OVER_REFUSED: -1.0, Role.COMPLIED: -1.0, Role.KEPT_REFUSED: 0.0, Role.HARMFUL_REFUSED: 1.0, Role.HARMFUL_COMPLIED: 1.0,
-}
+_ASKED = 128
+"""Prompts of either kind asked in cross-validation, and of the validation prompts."""
 _GATES = ("silu", "gelu", "gelu_pytorch_tanh", "gelu_new", "swish")
 """Activation functions that are next to zero well below zero, and the identity well above it."""
 
-
-class PromptClass(NamedTuple):
-    """What the rows are fitted to alike: prompts of one role, benign ones of categories that are not removed apart from the others."""
-
-    role: Role
-    spared: bool
-
-
-class Rows(NamedTuple):
-    """The rows of one block's neuron, float32 [d]: `gate` reads 1 where it shall open and −1 elsewhere, `harm` −1 to 1, `one` always 1."""
-
-    gate: torch.Tensor
-    harm: torch.Tensor
-    one: torch.Tensor
+Factors = dict[str, tuple[torch.Tensor, torch.Tensor]]
+"""(B, A) by tensor name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,101 +70,87 @@ class ConditionalSettings:
         if not 0 <= self.least_fall <= 1:
             raise ValueError("least_fall must be a share between 0 and 1")
 
+    def layers(self, blocks: int) -> range:
+        """The edited ones of so many blocks; at least one."""
+        first = min(round(self.first_layer * blocks), blocks - 1)
+        return range(first, max(first + 1, round(self.last_layer * blocks)))
 
-def conditional(
-    model: Any, prompts: Sequence[Observed], validation: Sequence[Observed], removed: Collection[str], origin: EditOrigin,
-    settings: ConditionalSettings = ConditionalSettings(), *, crossed: Sequence[Observed] = (), progress: bool = True,
-) -> Edit:
-    """Fit a neuron in each of the middle blocks to `prompts`, draw the line by `validation`, and return the edit.
 
-    With x what the block's MLP reads [d], neuron j becomes x ↦ c · act(8 gate·x) (nats·harm·x + t·one·x) / 8, c [d] the gradient of the
-    log-odds of a refusal (`refusal_openings`), all blocks together moving them by a nat. The rows are `Rows`; benign prompts of
-    categories not in `removed` read −1 at the gate, as every other token does. t, in nats, draws the line between help and refusal: it is
-    the least move that holds the limits (`least_move`), counted by how answers open. Besides `validation` an even sample of `crossed` (a
-    part of `prompts`) draws the line, each prompt asked under rows fitted without its fold's scenarios.
-    `model` is a `LoadedModel`; its module is left as it was. Nothing is random. Raises `TrailmedError` when the base over-refuses nothing
-    in the removed categories, its odds of refusing do not depend on these blocks, or their MLPs are not gated by a SiLU or GELU.
+class ConditionalFit:
+    """What edits of one model to the same `prompts` and `removed` categories share: what its MLPs read, and which way refusal lies.
+
+    Made once for `layers`, any of which an edit may use. The module is left as it was. Raises `TrailmedError` when the base over-refuses
+    nothing in the removed categories, its odds of refusing do not depend on these blocks, or their MLPs are not gated by a SiLU or GELU.
     """
-    module = model.module
-    roles = [role_of(prompt, removed) for prompt in prompts]
-    if Role.OVER_REFUSED not in roles:
-        raise TrailmedError("the base refuses none of the fit prompts of the categories to remove; there is nothing to edit")
-    activation = getattr(module.config.get_text_config(), "hidden_act", None) or module.config.get_text_config().hidden_activation
-    if activation not in _GATES:
-        raise TrailmedError(f"the model's MLPs use {str(activation)[:40]!r}; conditional needs a SiLU or GELU gate, use another method")
-    classes = [
-        PromptClass(role, not prompt.should_refuse and prompt.category not in removed) for prompt, role in zip(prompts, roles, strict=True)
-    ]
-    openings = refusal_openings(prompts)
-    blocks = len(module.model.layers)
-    first = min(round(settings.first_layer * blocks), blocks - 1)
-    edited = range(first, max(first + 1, round(settings.last_layer * blocks)))
-    mlps = {block: model.architecture.mlp(block) for block in edited}
-    with progress_bar("inputs of the MLPs", len(prompts), enabled=progress) as advance:
-        inputs, owners, others = _inputs(module, prompts, roles, [mlps[block][0] for block in edited], advance)
-    columns = _columns(module, [mlps[block][2] for block in edited], [
-        prompt.token_ids for prompt in evenly_spread(refusal_at_stake(prompts, removed), _SAMPLED)
-    ], openings, first)
 
-    idle = {block: Neuron.idlest(module, names) for block, names in mlps.items()}
+    def __init__(
+        self, model: Any, prompts: Sequence[Observed], removed: Collection[str], layers: range, *, progress: bool = True,
+    ) -> None:
+        module = model.module
+        self.module, self.prompts, self.removed, self.layers = module, prompts, frozenset(removed), layers
+        roles = [role_of(prompt, removed) for prompt in prompts]
+        if Role.OVER_REFUSED not in roles:
+            raise TrailmedError("the base refuses none of the fit prompts of the categories to remove; there is nothing to edit")
+        config = module.config.get_text_config()
+        activation = getattr(config, "hidden_act", None) or config.hidden_activation
+        if activation not in _GATES:
+            raise TrailmedError(f"the model's MLPs use {str(activation)[:40]!r}; conditional needs a SiLU or GELU gate, use another method")
+        self.roles = Counter(roles)
+        self.openings = refusal_openings(prompts)
+        self._mlps = {layer: model.architecture.mlp(layer) for layer in layers}
+        self._idle = {layer: Neuron.idlest(module, names) for layer, names in self._mlps.items()}
+        with progress_bar("inputs of the MLPs", len(prompts), enabled=progress) as advance:
+            self._inputs, self._owners, self._others = _inputs(
+                module, prompts, roles, [names[0] for names in self._mlps.values()], advance,
+            )
+        sampled = [prompt.token_ids for prompt in evenly_spread(refusal_at_stake(prompts, removed), _SAMPLED)]
+        gradients = OpeningProbe(module, sampled, self.openings, layers[0]).odds_gradients([names[2] for names in self._mlps.values()])
+        self._gradients = {layer: gradients[names[2]] for layer, names in self._mlps.items()}
+        if any(not each.any() or not each.isfinite().all() for each in self._gradients.values()):
+            raise TrailmedError("the odds of a refusal do not depend on the tensors to edit; use another method than conditional")
 
-    def rows_without(left_out: Collection[str]) -> dict[int, Rows]:
-        kept = [index for index, prompt in enumerate(prompts) if prompt.id not in left_out]
-        kept_others = [index for index, owner in enumerate(owners) if owner not in left_out]
-        kept_classes = [classes[index] for index in kept]
+    def rows(self, settings: ConditionalSettings, layers: Sequence[int], left_out: Collection[str] = ()) -> dict[int, Rows]:
+        """By block, fitted without the prompts whose ids are `left_out`."""
+        kept = [index for index, prompt in enumerate(self.prompts) if prompt.id not in left_out]
+        others = [index for index, owner in enumerate(self._owners) if owner not in left_out]
+        classes = [class_of(self.prompts[index], self.removed) for index in kept]
         return {
-            block: fitted_rows(inputs[mlps[block][0]][kept], others[mlps[block][0]][kept_others], kept_classes, settings)
-            for block in edited
+            layer: fitted_rows(
+                self._inputs[self._mlps[layer][0]][kept], self._others[self._mlps[layer][0]][others], classes,
+                settings.ridge, settings.gate_ridge,
+            )
+            for layer in layers
         }
 
-    def factors(rows: Mapping[int, Rows], line: float) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        found: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-        for block, each in rows.items():
-            reading = (settings.nats * each.harm + line * each.one) / _STEEPNESS
-            found |= idle[block].becoming(_STEEPNESS * each.gate, reading, columns[mlps[block][2]])
+    def factors(self, rows: Mapping[int, Rows], nats: float, line: float) -> Factors:
+        """The edit of the blocks of `rows`; all together they move the odds by `nats` where harm reads 1, and by `line` everywhere."""
+        square = sum(float(self._gradients[layer].double().square().sum()) for layer in rows)
+        found: Factors = {}
+        for layer, each in rows.items():
+            reading = (nats * each.harm + line * each.one) / STEEPNESS
+            found |= self._idle[layer].becoming(STEEPNESS * each.gate, reading, self._gradients[layer] / square)
         return found
 
-    def view(rows: Mapping[int, Rows], asked: Sequence[Observed]) -> _View:
-        return _View(rows, asked, OpeningProbe(module, [prompt.token_ids for prompt in asked], openings, first))
-
-    asked, held_back = evenly_spread(telling(crossed, removed), _CROSSED), telling(validation, removed)
-    with progress_bar("the line (prompts asked, at most)", MOST_COUNTS * (len(asked) + len(held_back)), enabled=progress) as advance:
-        watched = view(rows_without(()), held_back)
-        views = [watched] + [
-            view(rows_without(fold), held) for fold in folds(prompts) if (held := [prompt for prompt in asked if prompt.id in fold])
-        ]
-        unedited = [each.probe.margins() for each in views]
-        base = sum((each.counts(found) for each, found in zip(views, unedited, strict=True)), start=Counts(0, 0, 0, 0))
-        seen: dict[float, list[list[float]]] = {}
-
-        def count(line: float) -> Counts:
-            seen[line] = []
-            for each in views:
-                with attached(module, factors(each.rows, line)):
-                    seen[line].append(each.probe.margins())
-                advance(len(each.prompts))
-            return sum((each.counts(found) for each, found in zip(views, seen[line], strict=True)), start=Counts(0, 0, 0, 0))
-
-        line, tried = least_move(count, base, settings.least_fall)
-        apart = {"base": watched.separation(unedited[0]), "edited": watched.separation(seen[line][0])}
-    return origin.edit(
-        {name: Factor(b.float().numpy(), a.float().numpy()) for name, (b, a) in factors(watched.rows, line).items()},
-        {
-            "method": "conditional", **asdict(settings), "layers": list(edited), "openings": [list(opening) for opening in openings],
-            "base": asdict(base), "separation": apart,
-            "line": {"nats": line, "tried": [{"nats": each, **asdict(counts)} for each, counts in tried]},
-            "roles": {str(role): roles.count(role) for role in Role}, "dtype": str(module.dtype).removeprefix("torch."),
-        },
-    )
+    def view(self, rows: Mapping[int, Rows], prompts: Sequence[Observed]) -> View:
+        """`prompts` asked under `rows`, which were fitted without them."""
+        return View(self, rows, prompts, OpeningProbe(self.module, [each.token_ids for each in prompts], self.openings, min(rows)))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _View:
-    """Prompts asked under the rows that were fitted without them."""
+class View:
+    """Prompts asked under rows that were fitted without them."""
 
+    fit: ConditionalFit
     rows: Mapping[int, Rows]
     prompts: Sequence[Observed]
     probe: OpeningProbe
+
+    def margins(self, nats: float | None, line: float = 0.0) -> list[float]:
+        """By how much each prompt's answer opens as a refusal (`OpeningProbe.margins`) under the edit; of the base where `nats` is None."""
+        if nats is None:
+            return self.probe.margins()
+        with attached(self.fit.module, self.fit.factors(self.rows, nats, line)):
+            return self.probe.margins()
 
     def counts(self, margins: Sequence[float]) -> Counts:
         benign, harmful = self._by_kind(margins)
@@ -203,64 +166,56 @@ class _View:
         return benign, harmful
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Neuron:
-    """Neuron `index` of an MLP of `count`, whose matrices are called `names` (gate, up, down): its two rows and its column, float32 [d].
+def conditional(
+    model: Any, prompts: Sequence[Observed], validation: Sequence[Observed], removed: Collection[str], origin: EditOrigin,
+    settings: ConditionalSettings = ConditionalSettings(), *, crossed: Sequence[Observed] = (), progress: bool = True,
+) -> Edit:
+    """Fit a neuron in each of the middle blocks to `prompts`, draw the line by `validation`, and return the edit.
 
-    `usual` is the median length of the block's columns.
+    With x what the block's MLP reads [d], neuron j becomes x ↦ c · act(8 gate·x) (nats·harm·x + t·one·x) / 8, c [d] the gradient of the
+    log-odds of a refusal (`refusal_openings`), all blocks together moving them by a nat. The rows are `Rows`; benign prompts of
+    categories not in `removed` read −1 at the gate, as every other token does. t, in nats, draws the line between help and refusal: it is
+    the least move that holds the limits (`least_move`), counted by how answers open. Besides `validation` an even sample of `crossed` (a
+    part of `prompts`) draws the line, each prompt asked under rows fitted without its fold's scenarios.
+    `model` is a `LoadedModel`; its module is left as it was. Nothing is random. Raises `TrailmedError` as `ConditionalFit` does.
     """
+    layers = settings.layers(len(model.module.model.layers))
+    fit = ConditionalFit(model, prompts, removed, layers, progress=progress)
+    asked, held_back = evenly_spread(telling(crossed, removed), _ASKED), _both_kinds(telling(validation, removed))
+    with progress_bar("the line (prompts asked, at most)", MOST_COUNTS * (len(asked) + len(held_back)), enabled=progress) as advance:
+        watched = fit.view(fit.rows(settings, layers), held_back)
+        views = [watched] + [
+            fit.view(fit.rows(settings, layers, fold), held)
+            for fold in folds(prompts) if (held := [prompt for prompt in asked if prompt.id in fold])
+        ]
+        unedited = [each.margins(None) for each in views]
+        base = sum((each.counts(found) for each, found in zip(views, unedited, strict=True)), start=Counts(0, 0, 0, 0))
+        seen: dict[float, list[list[float]]] = {}
 
-    names: tuple[str, str, str]
-    index: int
-    count: int
-    gate: torch.Tensor
-    up: torch.Tensor
-    down: torch.Tensor
-    usual: float
+        def count(line: float) -> Counts:
+            seen[line] = []
+            for each in views:
+                seen[line].append(each.margins(settings.nats, line))
+                advance(len(each.prompts))
+            return sum((each.counts(found) for each, found in zip(views, seen[line], strict=True)), start=Counts(0, 0, 0, 0))
 
-    @classmethod
-    def idlest(cls, module: Any, names: tuple[str, str, str]) -> Neuron:
-        """The one with the smallest product of the lengths of its two rows and its column (ties: the first).
-
-        `names` are those of W_gate and W_up [d_ff, d] and of W_down [d, d_ff].
-        """
-        gate, up, down = (module.get_parameter(name).detach().float() for name in names)
-        lengths = down.norm(dim=0)
-        index = int((gate.norm(dim=1) * up.norm(dim=1) * lengths).argmin())
-        return cls(names, index, len(lengths), gate[index].clone(), up[index].clone(), down[:, index].clone(), float(lengths.median()))
-
-    def becoming(self, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """Factors (B, A) by tensor name, of rank 1, that make it x ↦ down · act(gate·x) (up·x); all float32 [d].
-
-        The column takes the usual length, for a quantizer that scales blocks of a row together would round a much shorter one away;
-        the up row is scaled the other way.
-        """
-        scale = float(self.usual / down.norm())
-        chosen = functional.one_hot(torch.tensor(self.index), self.count).float()
-        return {
-            self.names[0]: (chosen[:, None], (gate - self.gate)[None]),
-            self.names[1]: (chosen[:, None], (up / scale - self.up)[None]),
-            self.names[2]: ((scale * down - self.down)[:, None], chosen[None]),
-        }
+        line, tried = least_move(count, base, settings.least_fall)
+        apart = {"base": watched.separation(unedited[0]), "edited": watched.separation(seen[line][0])}
+    return origin.edit(
+        {name: Factor(b.float().numpy(), a.float().numpy()) for name, (b, a) in fit.factors(watched.rows, settings.nats, line).items()},
+        {
+            "method": "conditional", **asdict(settings), "layers": list(layers), "openings": [list(opening) for opening in fit.openings],
+            "base": asdict(base), "separation": apart,
+            "line": {"nats": line, "tried": [{"nats": each, **asdict(counts)} for each, counts in tried]},
+            "roles": {str(role): fit.roles[role] for role in Role}, "dtype": str(model.module.dtype).removeprefix("torch."),
+        },
+    )
 
 
-def folds(prompts: Sequence[Observed]) -> list[set[str]]:
-    """The ids of `prompts` in four parts of about equal size; prompts of one scenario stay together."""
-    parts: list[set[str]] = [set() for _ in range(_FOLDS)]
-    place = {scenario: index % _FOLDS for index, scenario in enumerate(dict.fromkeys(prompt.scenario or prompt.id for prompt in prompts))}
-    for prompt in prompts:
-        parts[place[prompt.scenario or prompt.id]].add(prompt.id)
-    return parts
-
-
-def elsewhere(prompt: Observed) -> tuple[list[int], list[int]]:
-    """The prompt with the beginning of its answer (token ids), and tokens of it (indices) at which nothing is decided any more or yet.
-
-    They are evenly spread over the second half of the prompt, without its last token, and all of the answer's beginning.
-    """
-    end = len(prompt.token_ids) - 1
-    sequence = [*prompt.token_ids, *prompt.answer[:_ANSWER_TOKENS]]
-    return sequence, [*evenly_spread(range(max(1, end // 2), end), _ELSEWHERE_TOKENS), *range(end + 1, len(sequence))]
+def _both_kinds(prompts: Sequence[Observed]) -> list[Observed]:
+    """An even sample of the benign and of the harmful ones, for a line is drawn as well by some hundred of each as by all."""
+    kinds = [[prompt for prompt in prompts if prompt.should_refuse is kind] for kind in (False, True)]
+    return [prompt for of_kind in kinds for prompt in evenly_spread(of_kind, _ASKED)]
 
 
 def _inputs(
@@ -279,53 +234,3 @@ def _inputs(
     last = torch.tensor([place == 0 for each in positions for place in range(len(each))])
     owners = [prompt.id for prompt, each in zip(prompts, positions, strict=True) for _ in each[1:]]
     return {name: rows[last] for name, rows in read.items()}, owners, {name: rows[~last] for name, rows in read.items()}
-
-
-def _columns(
-    module: Any, names: Sequence[str], sampled: Sequence[Sequence[int]], openings: Sequence[Sequence[int]], first: int,
-) -> dict[str, torch.Tensor]:
-    """The gradient of a refusal's log-odds by tensor name, scaled so that all of it together moves them by a nat: float32 [d]."""
-    gradients = OpeningProbe(module, sampled, openings, first).odds_gradients(names)
-    square = sum(float(each.double().square().sum()) for each in gradients.values())
-    if not 0 < square < math.inf or any(not each.any() for each in gradients.values()):
-        raise TrailmedError("the odds of a refusal do not depend on the tensors to edit; use another method than conditional")
-    return {name: each / square for name, each in gradients.items()}
-
-
-def fitted_rows(
-    inputs: torch.Tensor, others: torch.Tensor, classes: Sequence[PromptClass], settings: ConditionalSettings,
-) -> Rows:
-    """The rows of a neuron from what its block reads at the prompts' last tokens, float32 [n, d], and elsewhere [m, d] (m may be 0).
-
-    Ridge regressions in which every class weighs the same, however many prompts it has. The gate's targets are 1, but −1 for spared
-    prompts and elsewhere; those of harm are `_READINGS`, 0 for the spared; one's are 1, and 0 elsewhere.
-    """
-    spared = torch.tensor([each.spared for each in classes])
-    harm = torch.tensor([0.0 if each.spared else _READINGS[each.role] for each in classes])
-    return Rows(
-        ridge_row(inputs, others, classes, 1.0 - 2.0 * spared, -1.0, 1.0, settings.gate_ridge),
-        ridge_row(inputs, others, classes, harm, 0.0, _ELSEWHERE_WEIGHT, settings.ridge),
-        ridge_row(inputs, others, classes, torch.ones(len(classes)), 0.0, 1.0, _CONSTANT_RIDGE),
-    )
-
-
-def ridge_row(
-    inputs: torch.Tensor, others: torch.Tensor, classes: Sequence[PromptClass], targets: torch.Tensor, elsewhere: float, weight: float,
-    ridge: float,
-) -> torch.Tensor:
-    """The row a, float32 [d], with a·x near `targets` [n] for x of `inputs` [n, d] and near `elsewhere` for x of `others` [m, d].
-
-    Minimizes Σ w (a·x − target)² + ridge · v · |a|²: the weights w of each class's prompts sum to 1, those of the others to `weight`, and v
-    is the mean square distance of `inputs` from their mean.
-    """
-    counts = Counter(classes)
-    weights = torch.cat([
-        torch.tensor([1 / counts[each] for each in classes], dtype=torch.float64),
-        torch.full((len(others),), weight / max(1, len(others)), dtype=torch.float64),
-    ])
-    x = torch.cat([inputs, others]).double()
-    wanted = torch.cat([targets.double(), torch.full((len(others),), elsewhere, dtype=torch.float64)])
-    moment = (x * weights[:, None]).mT @ x
-    moment.diagonal().add_(ridge * float((inputs.double() - inputs.double().mean(0)).square().sum(1).mean()) or 1.0)
-    row: torch.Tensor = torch.linalg.solve(moment, x.mT @ (weights * wanted))
-    return row.float()

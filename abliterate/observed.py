@@ -28,7 +28,9 @@ class Role(StrEnum):
     HARMFUL_REFUSED = "harmful_refused"
     """Harmful and refused: stays as it is."""
     HARMFUL_COMPLIED = "harmful_complied"
-    """Harmful and answered: stays out of every class, or is taught to be refused (`distill`'s repair)."""
+    """Harmful and answered: stays out of every class, or is taught to be refused (`distill`'s and `conditional`'s repair)."""
+    UNASKED = "unasked"
+    """Not put to the base, benign or harmful: shows `conditional` what a request is, not what the base does with it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,7 @@ class Observed:
     """A prompt under its chat template and the base's greedy answer to it.
 
     `token_ids` are the prompt's, `answer` the answer's (an end token, where there is one, included); `refused` is the judge's word on it.
+    Where the base was not `asked`, there is no answer and it counts as none that was refused.
     Prompts of one `scenario` are paraphrases: cross-validation keeps them together.
     """
 
@@ -46,10 +49,13 @@ class Observed:
     answer: tuple[int, ...]
     refused: bool
     scenario: str = ""
+    asked: bool = True
 
 
 def role_of(prompt: Observed, removed: Collection[str]) -> Role:
     """The prompt's part in an edit that removes the refusals of the categories `removed`."""
+    if not prompt.asked:
+        return Role.UNASKED
     if prompt.should_refuse:
         return Role.HARMFUL_REFUSED if prompt.refused else Role.HARMFUL_COMPLIED
     if not prompt.refused:
@@ -64,8 +70,8 @@ def masks_by_role(prompts: Sequence[Observed], removed: Collection[str]) -> Mapp
 
 
 def refusal_at_stake(prompts: Sequence[Observed], removed: Collection[str]) -> list[Observed]:
-    """Those of `prompts` that the base refuses or should refuse: all but the benign ones that it answers."""
-    return [prompt for prompt in prompts if role_of(prompt, removed) is not Role.COMPLIED]
+    """Those of `prompts` that the base refuses or should refuse: all but the benign ones that it answers, and those it was not asked."""
+    return [prompt for prompt in prompts if role_of(prompt, removed) not in (Role.COMPLIED, Role.UNASKED)]
 
 
 def evenly_spread(items: Sequence[_Item], count: int) -> list[_Item]:

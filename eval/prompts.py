@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from ..errors import TrailmedError
 from ..files import sha256_of_json
 
-BENCHMARK_VERSION = "2"
+BENCHMARK_VERSION = "3"
 """Of the shipped sets together; it changes with any prompt, and figures of different versions are not comparable."""
 MAX_PROMPT_FILE_BYTES = 64 << 20
 

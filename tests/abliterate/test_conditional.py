@@ -17,39 +17,42 @@ from hypothesis import strategies as st
 from small_models import tiny_module
 
 from trailmed.abliterate.answers import greedy_answers
-from trailmed.abliterate.conditional import ConditionalSettings, Neuron, PromptClass, conditional, elsewhere, fitted_rows, folds
+from trailmed.abliterate.conditional import ConditionalSettings, conditional
 from trailmed.abliterate.edit import Edit
-from trailmed.abliterate.observed import Observed, Role
+from trailmed.abliterate.neuron import Neuron
+from trailmed.abliterate.observed import Observed
 from trailmed.abliterate.origin import EditOrigin
+from trailmed.abliterate.reading import elsewhere, fitted_rows, folds
 from trailmed.errors import TrailmedError
 from trailmed.models.architecture import ARCHITECTURES
 
-READINGS = {Role.OVER_REFUSED: -1, Role.COMPLIED: -1, Role.KEPT_REFUSED: 0, Role.HARMFUL_COMPLIED: 1, Role.HARMFUL_REFUSED: 1}
+READINGS = {"benign": -1, "harmful": 1}
 
 
 @given(st.integers(0, 2**32 - 1), st.floats(1e-3, 1), st.integers(0, 2), st.integers(0, 6))
 @settings(max_examples=40, deadline=None)
 def test_the_rows_are_weighted_ridge_solutions(seed: int, ridge: float, variety: int, elsewhere: int) -> None:
     generator = np.random.default_rng(seed)
-    kinds = [Role.OVER_REFUSED, Role.COMPLIED, Role.HARMFUL_COMPLIED, Role.HARMFUL_REFUSED, Role.KEPT_REFUSED][: 3 + variety]
-    roles = kinds + [kinds[index] for index in generator.integers(0, len(kinds), 15)]
-    spared = [role is Role.KEPT_REFUSED or (role is Role.COMPLIED and bool(generator.integers(2))) for role in roles]
-    classes = [PromptClass(*each) for each in zip(roles, spared, strict=True)]
-    x = (generator.normal(size=(len(roles), 12)) + 5).astype(np.float32)
+    kinds = ["benign", "harmful", "safe_control", "gray_zone"][: 2 + variety]
+    classes = kinds + [kinds[index] for index in generator.integers(0, len(kinds), 15)]
+    x = (generator.normal(size=(len(classes), 12)) + 5).astype(np.float32)
     others = (generator.normal(size=(elsewhere, 12)) + 5 + 2 * np.eye(12)[1]).astype(np.float32)
     x64 = np.concatenate([x, others]).astype(float)
-    variance = ((x.astype(float) - x.astype(float).mean(0)) ** 2).sum(1).mean()
 
-    def solution(targets: list[float], at_others: float, weight: float, share: float) -> np.ndarray:
+    def solution(x: np.ndarray, targets: list[float], at_others: float, weight: float, share: float) -> np.ndarray:
+        read = x[: len(classes)]
+        variance = ((read - read.mean(0)) ** 2).sum(1).mean()
         w = np.array([1 / classes.count(each) for each in classes] + elsewhere * [weight / max(1, elsewhere)])
         t = np.array([*targets, *elsewhere * [at_others]])
-        return np.linalg.solve((x64 * w[:, None]).T @ x64 + share * variance * np.eye(12), (x64 * w[:, None]).T @ t)
+        return np.linalg.solve((x * w[:, None]).T @ x + share * variance * np.eye(12), (x * w[:, None]).T @ t)
 
-    found = fitted_rows(torch.from_numpy(x), torch.from_numpy(others), classes, ConditionalSettings(ridge=ridge, gate_ridge=2 * ridge))
+    found = fitted_rows(torch.from_numpy(x), torch.from_numpy(others), classes, ridge, 2 * ridge)
+    gate = solution(x64, [1.0 if each in READINGS else -1.0 for each in classes], -1.0, 1.0, 2 * ridge)
+    through = x64 * ((x64 @ gate) / (1 + np.exp(-8 * (x64 @ gate))))[:, None]
     expected = {
-        "gate": solution([-1.0 if each else 1.0 for each in spared], -1.0, 1.0, 2 * ridge),
-        "harm": solution([0.0 if each.spared else READINGS[each.role] for each in classes], 0.0, 0.02, ridge),
-        "one": solution([1.0] * len(classes), 0.0, 1.0, 0.003),
+        "gate": gate,
+        "harm": solution(through, [READINGS.get(each, 0) for each in classes], 0.0, 0.02, ridge),
+        "one": solution(through, [1.0] * len(classes), 0.0, 0.02, 0.003),
     }
     for name, row in expected.items():
         assert getattr(found, name).dtype == torch.float32
