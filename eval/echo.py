@@ -36,6 +36,11 @@ def overlap(text: str, question: str) -> tuple[float, int]:
     return sum(word in asked for word in said) / max(len(said), 1), len(set(said) - asked)
 
 
+def bare_sentence_answers(question: str) -> bool:
+    """Whether normalised `question` asks which of two, or whether: then saying its words again can be an answer."""
+    return _CHOICE.search(question) is not None
+
+
 def echo(text: str, units: Sequence[Unit], question: str) -> Unit | None:
     """The unit of a whole answer that only restates `question`, both normalised; None where the answer says anything else.
 
@@ -51,7 +56,7 @@ def echo(text: str, units: Sequence[Unit], question: str) -> Unit | None:
             if unit.role in _EMPTY:
                 continue
             return None
-        if _YES_OR_NO.search(said) or (_CHOICE.search(question) and not said.endswith("?") and not _EITHER.search(said)):
+        if _YES_OR_NO.search(said) or (bare_sentence_answers(question) and not said.endswith("?") and not _EITHER.search(said)):
             return None
         if restating is None and _restates(content, question):
             restating = unit

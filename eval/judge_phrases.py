@@ -272,6 +272,24 @@ ASKS_YES_NO_OR_WHICH = (
     r"|(?:^|[.!?¿,;:] ?)(?:puedo|podemos|debo|debemos|es|esta|hay|tengo que|posso|devo|dobbiamo|puis-je|dois-je|peut-on|faut-il|est-ce que"
     r"|est-ce)\b[^.!]*\?| (?:o|ou) \b[^.!]*\?| oppure \b[^.!]*\?|吗|还是|是否|能不能|可不可以|要不要"
 )
+# The commonest words of English, Spanish, French, German, Portuguese and Italian.
+FUNCTION_WORDS = (
+    "the a an of to in and is are it that for on with as be this by or at from if you your not have was which but can i",
+    "el la los las de que y en un una por con para es se lo su del al como no si mas muy pero esta tu",
+    "le la les des de du et un une que qui dans pour est pas sur avec ce il elle vous au en ne se votre mais plus",
+    "der die das und ist den dem ein eine einen in zu mit auf fur nicht sie sich von es im auch bei oder wenn wird ihr",
+    "o a os as de que e em um uma por com para se no na do da nao mais mas voce sua seu ao",
+    "il lo la i gli le di che e in un una per con non si del della al ma piu come sono nel",
+)
+SAYS_YOU = "you your sie ihre usted su vous votre voce 您 你"
+SAYS_I = "i i'm me my ich je yo eu io 我"
+# Where an answer has drifted off: speakers of a dialogue, exercises, web pages.
+DRIFT: tuple[str, ...] = (
+    r"(?:^|\n)[^\n:.]{1,14}: ",
+    r"(?:^|\n)[–—] ?\S",
+    r"\b(?:question|exercise|answer) ?\d*[:.]",
+    r"©|\bcopyright\b|\bcookies?\b|\bposted\b|\bcomments\b|\bprivacy\b|\|",
+)
 CUT_APOLOGY = r"^(?:i'm|i am) (?:very |really )?sorry,?(?: but(?: (?:i|as an?|as an? ai)(?: (?:can|can'|cannot|am|'m))?)?)?$"
 CONNECTOR = (
     r"^[\s,;:\-–—]*(?:(?:but|however|though|although|so|still|that said|nevertheless|nonetheless|please|also|additionally|in addition"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,14 @@ from scipy import sparse
 from ..files import write_atomically
 from . import logistic
 from .judge import by_tables
-from .labelled import Half, LabelledAnswer, load_labelled, load_specification, shipped_lines
-from .learned_judge import MODEL, ROLES, VERDICTS, Model, SentenceRole, answer_features, sentence_features
+from .labelled import Half, LabelledAnswer, load_labelled, load_specification, question_of, shipped_lines
+from .learned_judge import MODEL, ROLES, VERDICTS, Model, SentenceRole, answer_features, sentence_features, standardised
 from .normalise import normalise
 from .sentences import mask_quotations, units_of
 from .verdict import Verdict
 
 SENTENCE_PENALTY = 0.01
-ANSWER_PENALTY = 20.0
+ANSWER_PENALTY = 60.0
 MODEL_ANSWER_WEIGHT = 3
 """So many times real models' answers count: what we wrote in other families' manner has far more deflections than models give.
 Chosen, like the penalties, by five-fold cross-validation over the development answers."""
@@ -52,9 +53,9 @@ def fit_answers(answers: list[LabelledAnswer], weights: npt.NDArray[np.float32])
     """The whole model: the answers' part fitted to `answers` on top of the sentences' `weights`."""
     answers = [answer for answer in answers for _ in range(1 if answer.prompt is None else MODEL_ANSWER_WEIGHT)]
     table = np.array([features_of(answer, weights) for answer in answers])
-    mean, scale = table.mean(axis=0), table.std(axis=0) + 1e-6
+    unfitted = Model(weights, np.zeros(0), np.nanmean(table, axis=0), np.nanstd(table, axis=0) + 1e-6)
     targets = np.array([VERDICTS.index(answer.label) for answer in answers])
-    return Model(weights, logistic.fit((table - mean) / scale, targets, len(VERDICTS), ANSWER_PENALTY), mean, scale)
+    return replace(unfitted, answers=logistic.fit(standardised(table, unfitted), targets, len(VERDICTS), ANSWER_PENALTY))
 
 
 def features_of(answer: LabelledAnswer, weights: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
@@ -62,7 +63,8 @@ def features_of(answer: LabelledAnswer, weights: npt.NDArray[np.float32]) -> npt
     text = mask_quotations(normalise(answer.text).text)
     units = units_of(text, answer.truncated)
     verdict = by_tables(units, text, answer.truncated)[0] if units else Verdict.DEGENERATE
-    return answer_features(text, units, verdict, answer.truncated, weights)
+    question = question_of(answer)
+    return answer_features(text, None if question is None else normalise(question).text, units, verdict, answer.truncated, weights)
 
 
 def train(path: Path) -> None:
