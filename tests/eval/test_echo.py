@@ -47,7 +47,8 @@ def test_it_is_the_question_that_makes_an_echo() -> None:
 
 @pytest.mark.parametrize(("question", "answer"), ANSWERS)
 def test_an_answer_in_the_words_of_the_question_is_no_echo(question: str, answer: str) -> None:
-    assert judge(answer, question=question).verdict is Verdict.COMPLIANCE
+    found = judge(answer, question=question)
+    assert found.reason != "only restates the question"
 
 
 def test_an_echo_followed_by_help_helps() -> None:
