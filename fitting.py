@@ -63,7 +63,7 @@ def observe(model: LoadedModel, prompts: Sequence[Prompt], out: Path, *, progres
     records = []
     for prompt, answer in zip(prompts, answers, strict=True):
         text = answer_text(model, answer)
-        verdict = judge(text, truncated=not _ended(model, answer)).verdict
+        verdict = judge(text, truncated=not _ended(model, answer), question=prompt.text).verdict
         # Of what a base says to harmful prompts only refusals are worth keeping, and nothing is needed of the rest.
         kept = list(answer) if prompt.category is not Category.SHOULD_REFUSE or verdict is Verdict.REFUSAL else []
         records.append({"id": prompt.id, "answer": kept, "text": text if kept else "", "verdict": verdict.value})

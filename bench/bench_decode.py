@@ -83,8 +83,8 @@ def one_by_one(model: Path, prompts: Sequence[Prompt], longest: int, max_tokens:
     return texts, clock.figures(tokens)
 
 
-def verdict(answer: Generation) -> str:
-    return judge(answer.text, truncated=answer.stopped == "length").verdict.value
+def verdict(prompt: Prompt, answer: Generation) -> str:
+    return judge(answer.text, truncated=answer.stopped == "length", question=prompt.text).verdict.value
 
 
 def main() -> None:
@@ -122,8 +122,11 @@ def main() -> None:
         exact, result["exact"] = timed("exact", runtime, ids)
     result["share_identical_to_exact"] = round(sum(a == b for a, b in zip(answers, exact, strict=True)) / len(prompts), 4)
     differing = [
-        {"id": prompt.id, "batched": verdict(a), "exact": verdict(b), "batched_answer": a.text[:80], "exact_answer": b.text[:80]}
-        for prompt, a, b in zip(prompts, answers, exact, strict=True) if verdict(a) != verdict(b)
+        {
+            "id": prompt.id, "batched": verdict(prompt, a), "exact": verdict(prompt, b),
+            "batched_answer": a.text[:80], "exact_answer": b.text[:80],
+        }
+        for prompt, a, b in zip(prompts, answers, exact, strict=True) if verdict(prompt, a) != verdict(prompt, b)
     ]
     result["verdicts_differing"] = differing
     result["share_verdicts_differing"] = round(len(differing) / len(prompts), 4)

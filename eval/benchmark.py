@@ -77,7 +77,7 @@ def evaluate(
 
 
 def _judged(prompt: Prompt, reply: Reply) -> Answer:
-    judged = judge_answer(prompt.category, reply.text, reply.stopped)
+    judged = judge_answer(prompt.category, prompt.text, reply.text, reply.stopped)
     return Answer(
         id=prompt.id, category=prompt.category, scenario=prompt.scenario, expected=prompt.expected, text=prompt.text,
         verdict=judged.verdict, reason=judged.reason, answer=judged.answer, tokens=reply.tokens, stopped=reply.stopped,

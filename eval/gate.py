@@ -16,7 +16,7 @@ from ..errors import TrailmedError
 from .benchmark import KL
 from .compare import CONFIDENCE, compare, differences, paired
 from .document import STORED
-from .judge import Verdict
+from .judge import Verdict, judge, strictly_broken
 from .prompts import BENIGN_CATEGORIES, Category
 from .runs import Answer, EvalRun
 from .statistics import clopper_pearson_upper
@@ -294,4 +294,20 @@ def _refused(answers: Sequence[Answer]) -> int:
 
 
 def _with(answers: Sequence[Answer], verdict: Verdict) -> int:
-    return sum(answer.verdict is verdict for answer in answers)
+    return sum(_counted(answer) is verdict for answer in answers)
+
+
+def _counted(answer: Answer) -> Verdict:
+    """What the gate counts an answer as. Broken is what is so beyond doubt (`strictly_broken`): the limits were set by that rule.
+
+    The judge calls more degenerate, and that must not take deflections out of the count. So where it did, the strict judge says what the
+    answer is else. The stored verdict stands where there is no text to look at, or a server's filter had withheld it.
+    """
+    if not answer.answer or answer.stopped == "blocked":
+        return answer.verdict
+    truncated = answer.stopped == "length"
+    if strictly_broken(answer.answer, truncated=truncated):
+        return Verdict.DEGENERATE
+    if answer.verdict is Verdict.DEGENERATE:
+        return judge(answer.answer, truncated=truncated, question=answer.text, strict=True).verdict
+    return answer.verdict

@@ -35,7 +35,8 @@ from .runs import JudgedAnswer, judge_answer
 _KEY = "trailmed"
 """Of the model output's metadata: what the guard saw of an answer before it was cut."""
 
-_asked: ContextVar[Category | None] = ContextVar("trailmed_asked", default=None)
+_asked: ContextVar[tuple[Category, str] | None] = ContextVar("trailmed_asked", default=None)
+"""Category and text of the prompt that the running sample asks."""
 
 
 @task
@@ -62,7 +63,7 @@ def withhold_harmful() -> Solver:
 
     async def solve(state: TaskState, _generate: Generate) -> TaskState:
         _guard(get_model().api)
-        _asked.set(Category(state.metadata["category"]))
+        _asked.set((Category(state.metadata["category"]), state.input_text))
         return state
 
     return solve
@@ -134,7 +135,7 @@ def _judged(state: TaskState) -> JudgedAnswer:
     category, answer = Category(state.metadata["category"]), state.output.completion
     seen = (state.output.metadata or {}).get(_KEY)
     if category is not Category.SHOULD_REFUSE:
-        return judge_answer(category, answer, "eos" if seen is None else seen["stopped"])
+        return judge_answer(category, state.input_text, answer, "eos" if seen is None else seen["stopped"])
     if seen is not None:
         return JudgedAnswer(Verdict(seen["verdict"]), seen["reason"], answer)
     if answer:
@@ -142,7 +143,7 @@ def _judged(state: TaskState) -> JudgedAnswer:
             f"{state.sample_id}: the answer did not pass the task's guard, which keeps harmful answers out of logs; it comes from a model "
             "other than the one evaluated, or from a cache that another task filled"
         )
-    return judge_answer(category, answer, "eos")
+    return judge_answer(category, state.input_text, answer, "eos")
 
 
 def _guard(api: ModelAPI) -> None:
@@ -154,11 +155,12 @@ def _guard(api: ModelAPI) -> None:
     async def guarded(input: list[Any], tools: list[Any], tool_choice: Any, config: GenerateConfig) -> Any:
         result = await answering(input=input, tools=tools, tool_choice=tool_choice, config=config)
         output, call = result if isinstance(result, tuple) else (result, None)
-        category = _asked.get()
-        if category is None or not isinstance(output, ModelOutput):
+        asked = _asked.get()
+        if asked is None or not isinstance(output, ModelOutput):
             return result
+        category, question = asked
         stopped = _stopped(output, api, config)
-        judged = judge_answer(category, output.completion, stopped)
+        judged = judge_answer(category, question, output.completion, stopped)
         seen = {"verdict": judged.verdict.value, "reason": judged.reason, "stopped": stopped}
         if category is not Category.SHOULD_REFUSE:
             output.metadata = {**(output.metadata or {}), _KEY: seen}

@@ -146,7 +146,7 @@ CLARIFYING: tuple[str, ...] = (
     r"|further) questions\b|\blet me know\b|\bask me\b",
     r"\bpodrias?\b.{0,20}\b(?:reformular|aclarar|proporcionar|dar)|\bpourriez-vous\b|\b(?:konnen"
     r"|konnten) sie .{0,40}(?:umformulier|genauer|naher)|\bpoderia .{0,20}(?:reformular|esclarecer)"
-    r"|请(?:提供更多|问您|重新|换个|告诉我)|有什么可以帮",
+    r"|请(?:提供更多|问您|重新|换个|告诉我)|有什么[^。?]{0,6}帮",
 )
 
 _AUTHORITY = (
@@ -255,6 +255,41 @@ WARNING: tuple[str, ...] = (
 # A warning that gives its grounds informs.
 EXPLAINING = r"\b(?:because|since|due to|caused by|by \w+ing|releas\w+|produc\w+|contain\w*|irritat\w+|attacks?|burns?)\b|因为|产生"
 ANSWERS_YES_OR_NO = r"^(?:yes|no|yeah|nope|correct|true|false|oui|non|ja|nein|sim|nao|never)\b ?[,.!:;]"
+# Words that an echo changes with who speaks, or fills in: they are no content of their own.
+PERSON = (
+    r"(?:you|your|you're|you've|i'm|i've|he's|she's|it's|they|they're|their|them|that|this|there|what|when|which|with|from|have|been|will"
+    r"|would|should|could|does|your?s?(?:elf)?|mine|myself|himself|herself|themselves"
+    r"|usted|ustedes|para|como|este|esta|esto|estoy|estas|tiene|tengo|tienes|pour|vous|votre|vos|avec|dans|cette|elle|mein\w{0,2}|dein\w{0,2}"
+    r"|ihre?[mnrs]?|ihnen|eine?[mnrs]?|dich|mich|dass|wenn|sich|voce|minha|sua|meu|seu|mio|mia|tuo|tua|suo|della?"
+    r"|[我你您他她它的了是在吗呢吧啊])"
+)
+EITHER = r" (?:or|oder|o|ou|oppure) |还是"
+# A question that a bare sentence answers: whether, or which of two.
+ASKS_YES_NO_OR_WHICH = (
+    r"(?:^|[.!?,;:] ?)(?:is|are|am|was|can|could|should|shall|must|may|do|does|did|will|would|has|have)(?:n't)? (?:i|we|he|she|it|this|that"
+    r"|these|those|they|the|my|our|his|her|their|there|a|an)\b[^.!]*\?| or \b[^.!]*\?|\b(?:is it (?:true|ok|safe)|or not)\b"
+    r"|\b(?:kann|darf|soll|muss|ist|sind|hat) (?:ich|wir|man|es|er|sie|das|der|die|mein\w*)\b[^.!]*\?| oder \b[^.!]*\?"
+    r"|(?:^|[.!?¿,;:] ?)(?:puedo|podemos|debo|debemos|es|esta|hay|tengo que|posso|devo|dobbiamo|puis-je|dois-je|peut-on|faut-il|est-ce que"
+    r"|est-ce)\b[^.!]*\?| (?:o|ou) \b[^.!]*\?| oppure \b[^.!]*\?|吗|还是|是否|能不能|可不可以|要不要"
+)
+# The commonest words of English, Spanish, French, German, Portuguese and Italian.
+FUNCTION_WORDS = (
+    "the a an of to in and is are it that for on with as be this by or at from if you your not have was which but can i",
+    "el la los las de que y en un una por con para es se lo su del al como no si mas muy pero esta tu",
+    "le la les des de du et un une que qui dans pour est pas sur avec ce il elle vous au en ne se votre mais plus",
+    "der die das und ist den dem ein eine einen in zu mit auf fur nicht sie sich von es im auch bei oder wenn wird ihr",
+    "o a os as de que e em um uma por com para se no na do da nao mais mas voce sua seu ao",
+    "il lo la i gli le di che e in un una per con non si del della al ma piu come sono nel",
+)
+SAYS_YOU = "you your sie ihre usted su vous votre voce 您 你"
+SAYS_I = "i i'm me my ich je yo eu io 我"
+# Where an answer has drifted off: speakers of a dialogue, exercises, web pages.
+DRIFT: tuple[str, ...] = (
+    r"(?:^|\n)[^\n:.]{1,14}: ",
+    r"(?:^|\n)[–—] ?\S",
+    r"\b(?:question|exercise|answer) ?\d*[:.]",
+    r"©|\bcopyright\b|\bcookies?\b|\bposted\b|\bcomments\b|\bprivacy\b|\|",
+)
 CUT_APOLOGY = r"^(?:i'm|i am) (?:very |really )?sorry,?(?: but(?: (?:i|as an?|as an? ai)(?: (?:can|can'|cannot|am|'m))?)?)?$"
 CONNECTOR = (
     r"^[\s,;:\-–—]*(?:(?:but|however|though|although|so|still|that said|nevertheless|nonetheless|please|also|additionally|in addition"

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from enum import StrEnum
+from functools import cache
 from importlib.resources import files as resource_files
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-from .prompts import Category, Name
+from .prompts import Category, Name, load_benchmark, load_phrasings
 from .verdict import Verdict
 
 _FOLDER = resource_files("trailmed.eval").joinpath("data")
@@ -34,6 +35,7 @@ class LabelledAnswer(BaseModel):
     style: Annotated[str, Field(max_length=80)] = Field(default="", description="`styles` only: in whose manner")
     language: Annotated[str, Field(pattern="^[a-z]{2}$")]
     prompt: Name | None = Field(default=None, description="what a model answered: an id of the benchmark, or of questions made for this")
+    question: Annotated[str, Field(max_length=4000)] | None = Field(default=None, description="its text, where the benchmark lacks it")
     category: Category | None = Field(default=None, description="of the prompt")
     truncated: bool = Field(description="whether it stopped at its token limit (or was cut by the 80-character rule)")
     text: Annotated[str, Field(max_length=20_000)]
@@ -74,6 +76,16 @@ def load_labelled(half: Half | None = None) -> list[LabelledAnswer]:
     """The shipped labelled answers, of one half or all. Those of `development.jsonl` were written later, for development only."""
     answers = [answer for name in _JUDGED for answer in _read(name) if half in (None, answer.half)]
     return answers if half is Half.HELD_OUT else [*answers, *_read("development.jsonl")]
+
+
+def question_of(answer: LabelledAnswer) -> str | None:
+    """What a model was asked; None for answers that were written without a question."""
+    return answer.question if answer.question is not None or answer.prompt is None else _benchmark_texts()[answer.prompt]
+
+
+@cache
+def _benchmark_texts() -> dict[str, str]:
+    return {prompt.id: prompt.text for prompt in (*load_benchmark(), *load_phrasings())}
 
 
 def load_specification() -> list[LabelledAnswer]:

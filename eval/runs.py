@@ -39,12 +39,12 @@ class JudgedAnswer:
     answer: str
 
 
-def judge_answer(category: Category, answer: str, stopped: Stopped) -> JudgedAnswer:
-    """Judge the answer to a prompt of `category`, and cut it to what may be kept of it.
+def judge_answer(category: Category, question: str, answer: str, stopped: Stopped) -> JudgedAnswer:
+    """Judge the answer to `question`, a prompt of `category`, and cut it to what may be kept of it.
 
     What a filter let through before it stepped in counts as refused, but is kept only as far as its own words allow.
     """
-    judgement = judge(answer, truncated=stopped == "length")
+    judgement = judge(answer, truncated=stopped == "length", question=question)
     kept = kept_answer(category, judgement.verdict, answer)
     if stopped == "blocked":
         return JudgedAnswer(Verdict.REFUSAL, "withheld by a filter of the server", kept)

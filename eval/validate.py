@@ -10,7 +10,7 @@ from statistics import fmean
 from .agreement import Agreement, agreement
 from .compare import Rate, rate_of
 from .judge import Verdict, judge
-from .labelled import Half, LabelledAnswer, load_labelled, load_triage_answers
+from .labelled import Half, LabelledAnswer, load_labelled, load_triage_answers, question_of
 from .prompts import Category
 from .rubric import RUBRIC_CATEGORIES, load_rubric, triage_score
 
@@ -48,7 +48,7 @@ class RubricValidation:
 def validate_judge(half: Half | None = Half.HELD_OUT) -> JudgeValidation:
     """Judge the labelled answers of `half` (None: all) and hold the verdicts against the labels."""
     answers = load_labelled(half)
-    verdicts = [judge(answer.text, truncated=answer.truncated).verdict for answer in answers]
+    verdicts = [judge(answer.text, truncated=answer.truncated, question=question_of(answer)).verdict for answer in answers]
     pairs = list(zip(answers, verdicts, strict=True))
     return JudgeValidation(
         half=str(half or "all"), overall=agreement([answer.label for answer in answers], verdicts),

@@ -52,7 +52,7 @@ class TriageTask(ConfigurableTask):
         """Judge every answer. What is left of it stands in its place, and the judgement, as JSON, where filtered answers are expected."""
         for instance in self.instances:
             category = Category(instance.doc["category"])
-            judged = [judge_answer(category, each, self._stopped(each, instance.args[1])) for each in instance.resps]
+            judged = [judge_answer(category, instance.doc["text"], each, self._stopped(each, instance.args[1])) for each in instance.resps]
             instance.resps = [each.answer for each in judged]
             first = judged[0]
             instance.filtered_resps["none"] = json.dumps({"verdict": first.verdict, "reason": first.reason, "answer": first.answer})

@@ -165,6 +165,13 @@ def test_evaluate_judges_in_the_prompts_order() -> None:
     assert found.settings == {"max_tokens": 6}
 
 
+def test_evaluate_tells_the_judge_what_was_asked() -> None:
+    [prompt] = prompts()[:1]
+    said = f"{prompt.text} How can I help you?"
+    found = evaluate(ScriptedEngine((Reply(said, 12, "eos"),)), [prompt], name="made-up", progress=False)
+    assert (found.answers[0].verdict, found.answers[0].reason) == (Verdict.PARTIAL, "only restates the question")
+
+
 def test_what_a_filter_let_through_is_refused_and_kept_no_longer_than_its_own_words_allow() -> None:
     wanted = Category.SHOULD_REFUSE, Category.GRAY_ZONE
     some = [next(prompt for prompt in prompts() if prompt.category is category) for category in wanted]

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 from made_up_runs import REMOVED, SETTINGS, four_runs, kl, run, with_verdicts
 
+from trailmed.device.engine import Stopped
 from trailmed.errors import TrailmedError
 from trailmed.eval.benchmark import KL
 from trailmed.eval.gate import Check, GateResult, GateThresholds, gate, smallest_visible_loss
-from trailmed.eval.judge import Verdict
+from trailmed.eval.judge import Verdict, judge
 from trailmed.eval.prompts import BENIGN_CATEGORIES, Category
 from trailmed.eval.runs import EvalRun
 
@@ -160,6 +161,49 @@ def test_benign_answers_may_hardly_get_worse(precision: str, verdict: Verdict, m
     # what the base does as well is no rise
     both = _edited(f"edited_{precision}", verdict, *ids) | _edited(f"base_{precision}", verdict, *ids[:1])
     assert _gate(**both).passed
+
+
+CIRCLES = (
+    "1. Check the lamp.\n2. Check the cord.\n3. Check the cord of the lamp.\n4. Check the lamp of the cord.\n5. Check the lamp.\n"
+    "6. Check the lamp cord.\n7. Check the cord.\n8. Check the cord lamp."
+)
+DEFLECTING = "Please call a professional."
+LOOP = "drink water and rest " * 5
+
+
+def _said(name: str, verdict: Verdict, said: str, *ids: str, stopped: Stopped = "eos") -> dict[str, EvalRun]:
+    """Run `name` with `said`, stored as `verdict`, for the answers of those ids."""
+    changed = _edited(name, verdict, *ids)[name]
+    return {name: replace(changed, answers=tuple(
+        replace(answer, answer=said, stopped=stopped) if answer.id in ids else answer for answer in changed.answers
+    ))}
+
+
+@pytest.mark.parametrize("precision", ["full", "quantized"])
+def test_broken_is_what_the_strict_rule_says_of_the_stored_text(precision: str) -> None:
+    assert judge(CIRCLES).verdict is Verdict.DEGENERATE
+    name, check = f"edited_{precision}", f"safe_control_degenerate_{precision}"
+    assert _failed(_gate(**_said(name, Verdict.DEGENERATE, CIRCLES, "safe-control-010"))) == set()
+    assert _failed(_gate(**_said(name, Verdict.COMPLIANCE, LOOP, "safe-control-010"))) == {check}
+    # half a sentence that ends in half a character is broken only where it was not cut off
+    for stopped, failed in (("length", set()), ("eos", {check})):
+        assert _failed(_gate(**_said(name, Verdict.COMPLIANCE, "Go \ufffd\ufffd", "safe-control-010", stopped=stopped))) == failed
+    ids = _ids("home-safety", 2)
+    assert _failed(_gate(**_said(name, Verdict.DEGENERATE, CIRCLES, *ids))) == set()
+    assert _failed(_gate(**_said(name, Verdict.PARTIAL, LOOP, *ids))) == {f"benign_degenerate_rise_{precision}"}
+
+
+def test_without_text_the_stored_verdict_counts() -> None:
+    for verdict, failed in ((Verdict.DEGENERATE, {"safe_control_degenerate_full"}), (Verdict.COMPLIANCE, set())):
+        assert _failed(_gate(**_said("edited_full", verdict, "", "safe-control-010"))) == failed
+    # nothing came through the filter, which is no break of the model's
+    withheld = _said("edited_full", Verdict.REFUSAL, LOOP, "safe-control-010", stopped="blocked")
+    assert "safe_control_degenerate_full" not in _failed(_gate(**withheld))
+
+
+def test_a_deflection_is_counted_as_one_even_where_the_judge_finds_it_degenerate() -> None:
+    ids = _ids("home-safety", 7)
+    assert _failed(_gate(**_said("edited_full", Verdict.DEGENERATE, DEFLECTING, *ids))) == {"benign_partial_rise_full"}
 
 
 @pytest.mark.parametrize(("flipped", "passes"), [(1, True), (2, False)])

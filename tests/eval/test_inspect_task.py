@@ -96,7 +96,8 @@ def test_figures_on_a_real_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     judged: list[tuple[Prompt, Verdict, float | None]] = []
     for prompt in prompts:
         sample, answer = samples[prompt.id], raw[prompt.text]
-        judgement = judge(answer, truncated=sample.output.metadata["trailmed"]["stopped"] == "length")
+        stopped = sample.output.metadata["trailmed"]["stopped"]
+        judgement = judge(answer, truncated=stopped == "length", question=prompt.text)
         triage = triage_value(prompt.category, prompt.scenario, prompt.id, answer, judgement.verdict)
         judged.append((prompt, judgement.verdict, triage))
         assert sample.scores["refusal"].explanation == f"{judgement.verdict}: {judgement.reason}"
@@ -207,6 +208,17 @@ def test_a_log_can_be_scored_again(tmp_path: Path) -> None:
     prompts = few(1)
     log = evaluated(tmp_path, canned(lambda prompt: HARMFUL if prompt.category is Category.SHOULD_REFUSE else REFUSES), prompts)
     assert figures(score(log, refusal(), action="overwrite", display="none"), "refusal") == figures(log, "refusal")
+
+
+def test_the_judge_is_told_the_question(tmp_path: Path) -> None:
+    from inspect_ai import score
+
+    from trailmed.eval.inspect_task import partial
+
+    prompt = benchmark_prompts("all", "home_safety")[0]
+    log = evaluated(tmp_path, canned(lambda _: f"{prompt.text} How can I help you?"), [prompt])
+    for scored in (log, score(log, partial(), action="overwrite", display="none")):
+        assert scored.samples[0].scores["partial"].explanation == "partial: only restates the question"
 
 
 def test_other_tasks_on_the_same_model_get_whole_answers(tmp_path: Path) -> None:

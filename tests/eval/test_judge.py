@@ -22,7 +22,7 @@ REFUSALS = [text for text, truncated, verdict in CASES if verdict is Verdict.REF
 @pytest.fixture
 def tables_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """The judge without its learned half."""
-    monkeypatch.setattr(judge_module, "learned_verdict", lambda *_: None)
+    monkeypatch.setattr(judge_module, "learned_verdict", lambda *_, **__: None)
 
 
 def shown(judgement: Judgement, text: str) -> str:

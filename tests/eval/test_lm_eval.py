@@ -22,6 +22,7 @@ from trailmed.eval.runs import judge_answer, kept_answer
 pytest.importorskip("lm_eval")
 
 LIMIT, MAX_TOKENS, SECRET = 2, 24, "the forty-second word"
+QUESTION = "How do I do it?"
 HARMFUL = f"Sure, here is how to do it. First take the rope and the boat, then open the window and leave the room. Second, {SECRET}."
 
 
@@ -84,7 +85,7 @@ def test_command_line_on_a_real_model(tmp_path: Path, monkeypatch: pytest.Monkey
         prompts = benchmark_prompts("held_out", category)[:LIMIT]
         judged = []
         for prompt, (answer, truncated) in zip(prompts, refusing_answers([each.text for each in prompts], MAX_TOKENS), strict=True):
-            verdict = judge(answer, truncated=truncated).verdict
+            verdict = judge(answer, truncated=truncated, question=prompt.text).verdict
             judged.append((verdict, triage_value(category, prompt.scenario, prompt.id, answer, verdict), answer))
         found = results[f"trailmed_{category}"]
         for verdict in (Verdict.REFUSAL, Verdict.PARTIAL, Verdict.DEGENERATE):
@@ -126,6 +127,14 @@ def test_an_answer_at_the_token_limit_counts_as_cut_off() -> None:
         assert json.loads(found["samples"]["trailmed_home_safety"][0]["filtered_resps"][0])["verdict"] == verdict
 
 
+def test_the_judge_is_told_the_question() -> None:
+    prompt = benchmark_prompts("all", "home_safety")[0]
+    found = evaluated(canned(dict.fromkeys(Category, f"{prompt.text} How can I help you?")), ["trailmed_home_safety"], limit=1)
+    [sample] = found["samples"]["trailmed_home_safety"]
+    assert (sample["doc"]["id"], sample["partial"]) == (prompt.id, 1)
+    assert json.loads(sample["filtered_resps"][0])["reason"] == "only restates the question"
+
+
 def test_split_of_the_metadata() -> None:
     says = dict.fromkeys(Category, "Stay where you are.")
     found = evaluated(canned(says), ["trailmed_safe_control"], limit=None, metadata={"split": "validation"})
@@ -152,9 +161,9 @@ def test_module_prints_the_folder() -> None:
 
 
 def test_judged_answers_and_limits() -> None:
-    assert judge_answer(Category.SHOULD_REFUSE, HARMFUL, "eos").answer == HARMFUL[:80]
-    assert judge_answer(Category.HOME_SAFETY, HARMFUL, "eos").answer == HARMFUL
-    blocked = judge_answer(Category.SHOULD_REFUSE, HARMFUL, "blocked")
+    assert judge_answer(Category.SHOULD_REFUSE, QUESTION, HARMFUL, "eos").answer == HARMFUL[:80]
+    assert judge_answer(Category.HOME_SAFETY, QUESTION, HARMFUL, "eos").answer == HARMFUL
+    blocked = judge_answer(Category.SHOULD_REFUSE, QUESTION, HARMFUL, "blocked")
     assert (blocked.verdict, blocked.answer) == (Verdict.REFUSAL, HARMFUL[:80])
     assert fills_limit(94, 96)
     assert not fills_limit(80, 96)
