@@ -43,6 +43,8 @@ _NO_VOCABULARY = 0
 _MOST_CELLS = 16_384
 """Cache cells held for all sequences together, unless a single one needs more; 32 chat prompts with short answers need some 3500,
 or 8192 if kept apart."""
+_MOST_BYTES_APART = 1 << 29
+"""Cache bytes up to which sequences are kept apart; 8192 cells need 0.1 GB for Qwen2.5-0.5B, 1.6 GB for SmolLM2-1.7B."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,8 +120,8 @@ class LlamaRuntime:
         self.path = path
         self.settings = settings
         self.last_stats: DecodeStats | None = None
-        with GgufFile.open(path):
-            pass  # llama.cpp's own reader trusts more than this one does
+        with GgufFile.open(path) as file:  # llama.cpp's own reader trusts more than this one does
+            head = file.metadata.get(f"{file.metadata.get('general.architecture')}.attention.key_length")
         llama_log.silence()
         llama_log.forget_complaints()
         llama_cpp.llama_backend_init()
@@ -137,6 +139,10 @@ class LlamaRuntime:
             raise TrailmedError(f"{path}: not a model that continues text (it has an encoder); use a decoder-only GGUF")
         self._vocabulary_size = int(llama_cpp.llama_vocab_n_tokens(self._vocab))
         self._context_limit = int(llama_cpp.llama_model_n_ctx_train(self._model))
+        if not isinstance(head, int):
+            head = int(llama_cpp.llama_model_n_embd(self._model)) // max(int(llama_cpp.llama_model_n_head(self._model)), 1)
+        heads, layers = int(llama_cpp.llama_model_n_head_kv(self._model)), int(llama_cpp.llama_model_n_layer(self._model))
+        self._cell_bytes = 2 * 2 * head * heads * layers  # keys and values of two bytes a number, as if all layers were like the first
         # a recurrent state cannot be cut back to a prefix, in a pool of its own or in one for all
         self._can_share = not (llama_cpp.llama_model_is_recurrent(self._model) or llama_cpp.llama_model_is_hybrid(self._model))
 
@@ -258,7 +264,10 @@ class LlamaRuntime:
         cells = min(sum(largest), max(largest[0], _MOST_CELLS))
         pools = slots * POOL_STEP * -(-(prefix + largest[0]) // POOL_STEP)
         # a prompt without an answer, or without company, is best fed whole
-        apart = self._can_share and max_tokens > 1 and slots > 1 and pools <= _MOST_CELLS
+        apart = (
+            self._can_share and max_tokens > 1 and slots > 1
+            and pools <= _MOST_CELLS and pools * self._cell_bytes <= _MOST_BYTES_APART
+        )
         if apart:
             cells = pools - prefix
         with LlamaContext(

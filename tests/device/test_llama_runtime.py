@@ -149,6 +149,18 @@ def test_sequences_kept_apart_stand_side_by_side(tmp_path: Path, prompts: list[l
     assert max(map(len, map(set, batches))) == 6
 
 
+def test_sequences_are_kept_apart_as_far_as_memory_allows(
+    model: Path, prompts: list[list[int]], contexts: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_module("qwen2").config
+    cell = 2 * 2 * config.hidden_size // config.num_attention_heads * config.num_key_value_heads * config.num_hidden_layers
+    expected = generate(model, prompts, exact=True)
+    for room in (0, -1):
+        monkeypatch.setattr(llama_runtime, "_MOST_BYTES_APART", 4 * 256 * cell + room)
+        assert generate(model, prompts) == expected
+    assert [context["apart"] for context in contexts] == [False, True, False]
+
+
 def test_models_that_cannot_be_cut_back_are_not_kept_apart(
     model: Path, prompts: list[list[int]], contexts: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
