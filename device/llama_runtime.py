@@ -55,7 +55,7 @@ class DecodeSettings:
     """
 
     max_tokens: int = 48
-    slots: int = 32
+    slots: int = 64
     threads: int = field(default_factory=physical_cores)
     exact: bool = False
 
