@@ -68,7 +68,7 @@ class RunSettings:
     edit: EditSettings = field(default_factory=EditSettings)
     type: str = field(default="Q8_0", metadata={"help": "type of the phone's GGUF: Q8_0, Q6_K, Q5_K_M, Q4_K_M, …"})
     max_tokens: int = field(default=48, metadata={"help": "longest answer judged, in tokens"})
-    slots: int = field(default=32, metadata={"help": "answers decoded together on llama.cpp"})
+    slots: int = field(default=64, metadata={"help": "answers decoded together on llama.cpp"})
     threads: int = field(default_factory=physical_cores, metadata={"help": "CPU threads (default: physical cores)"})
     exact: bool = field(default=False, metadata={"help": "decode one answer at a time: slower, independent of batching"})
     prompts: Path | None = field(default=None, metadata={"help": "your own benchmark (JSON Lines) instead of the shipped one"})
@@ -101,7 +101,7 @@ class EvalSettings:
         },
     )
     max_tokens: int = field(default=96, metadata={"help": "longest answer, in tokens"})
-    slots: int = field(default=32, metadata={"help": "answers decoded together"})
+    slots: int = field(default=64, metadata={"help": "answers decoded together"})
     threads: int = field(default_factory=physical_cores, metadata={"help": "CPU threads (default: physical cores)"})
     concurrency: int = field(default=8, metadata={"help": "with --endpoint: requests in flight"})
     exact: bool = field(default=False, metadata={"help": "llama.cpp: decode one answer at a time: slower, independent of batching"})

@@ -1,6 +1,6 @@
 """Batched decoding against llama-cpp-python's one-by-one `create_chat_completion`: speed, equal answers, equal verdicts.
 
-    python bench/bench_decode.py MODEL.gguf [--prompts 96] [--max-tokens 48] [--slots 32] [--threads 2] [--json]
+    python bench/bench_decode.py MODEL.gguf [--prompts 96] [--max-tokens 48] [--slots 64] [--threads 2] [--json]
 
 The same benchmark prompts (held-out ones first) are answered batched, one by one, and batched again, so that a change of the
 machine's load shows; then in exact mode, whose verdicts the batched ones are compared with. Loading is not timed. With other jobs

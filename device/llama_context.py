@@ -1,4 +1,4 @@
-"""One llama.cpp context and its batch: a pool of cache cells for several sequences, freed when the `with` block ends."""
+"""One llama.cpp context and its batch: cache cells for several sequences, in one pool or in one each, freed when the `with` block ends."""
 
 from __future__ import annotations
 
@@ -16,33 +16,38 @@ from ..models import llama_log
 
 _BATCH_TOKENS = 512
 """Tokens per `llama_decode` call: llama-cpp-python's default, which `exact` must keep to."""
+POOL_STEP = 256
+"""llama.cpp makes the pool of a sequence kept apart a multiple of this many cells, and attention looks through multiples of it."""
 _FLASH_ATTENTION_AUTO = -1
 _FLASH_ATTENTION_OFF = 0
 _DECODE_ERRORS = {1: "no free cache cells", 2: "aborted", -1: "invalid batch", -2: "out of memory", -3: "computation failed"}
 
 
 class LlamaContext:
-    """A context of `model` with `cells` cache cells for sequences 0 … `slots` - 1; sequence `slots` holds the shared prefix.
+    """A context of `model` with `cells` cache cells for sequences 0 … `slots` - 1.
 
-    `exact` gives the settings of llama-cpp-python's own `Llama` (no flash attention). Flash attention skips the cells of other
-    sequences, which is what makes one shared ("unified") pool of cells cheap; separate pools cannot share a prefix.
+    `apart` divides the cells evenly, a multiple of `POOL_STEP` each, and keeps a copy of the shared prefix in every pool. Attention then
+    looks through the cells of its own sequence only, but a batch must hold equally many tokens of sequences 0, 1, 2, … without a gap:
+    llama.cpp computes any other in pieces. Otherwise all share one ("unified") pool, and the prefix is sequence `slots`.
+    `exact` gives the settings of llama-cpp-python's own `Llama` (apart, no flash attention).
     Raises `TrailmedError`, naming `path`, when there is not enough memory.
     """
 
-    def __init__(self, model: Any, path: Path, *, cells: int, slots: int, threads: int, exact: bool) -> None:
+    def __init__(self, model: Any, path: Path, *, cells: int, slots: int, threads: int, exact: bool, apart: bool) -> None:
         self._context: Any = None
         self._batch: Any = None
         self._path = path
         self._slots = slots
+        self._apart = apart or exact
         self._prefix = 0
         parameters = llama_cpp.llama_context_default_params()
         parameters.n_ctx = cells
         parameters.n_batch = parameters.n_ubatch = _BATCH_TOKENS
-        parameters.n_seq_max = slots if exact else slots + 1
+        parameters.n_seq_max = slots if self._apart else slots + 1
         parameters.n_outputs_max = parameters.n_seq_max
         parameters.n_threads = parameters.n_threads_batch = threads
         parameters.flash_attn_type = _FLASH_ATTENTION_OFF if exact else _FLASH_ATTENTION_AUTO
-        parameters.kv_unified = not exact
+        parameters.kv_unified = not self._apart
         parameters.swa_full = True  # a sliding-window layer that drops old cells could not share a prefix
         parameters.offload_kqv = parameters.op_offload = False
         parameters.no_perf = True
@@ -79,27 +84,33 @@ class LlamaContext:
 
     def feed_prefix(self, tokens: Sequence[int]) -> None:
         """Compute what every sequence begins with, once."""
+        home = 0 if self._apart else self._slots
         while self._prefix < len(tokens):
-            self._prefix += self._add(tokens[self._prefix :], self._prefix, self._slots, wanted=False)
+            self._prefix += self.add(tokens[self._prefix :], self._prefix, home, wanted=False)
             self.decode()
+        if self._apart and self._prefix:
+            for slot in range(1, self._slots):
+                llama_cpp.llama_memory_seq_cp(self._memory, home, slot, -1, -1)
 
     def share_prefix(self, slot: int) -> None:
-        """Begin sequence `slot` with the prefix: its cells now belong to both."""
-        if self._prefix:
+        """Begin sequence `slot` with the prefix: in one pool, its cells now belong to both; a pool of its own holds it already."""
+        if self._prefix and not self._apart:
             llama_cpp.llama_memory_seq_cp(self._memory, self._slots, slot, 0, self._prefix)
 
     def free(self, slot: int) -> None:
-        """Give the cells of sequence `slot` back."""
-        llama_cpp.llama_memory_seq_rm(self._memory, slot, -1, -1)
+        """Give the cells of sequence `slot` back; a pool of its own keeps the prefix for the next one."""
+        llama_cpp.llama_memory_seq_rm(self._memory, slot, self._prefix if self._apart else -1, -1)
 
-    def add(self, tokens: Sequence[int], position: int, slot: int) -> int:
+    def move(self, source: int, target: int) -> None:
+        """Let sequence `source` go on as sequence `target`, which is free. Only for sequences kept apart: all the pool is copied."""
+        llama_cpp.llama_memory_seq_cp(self._memory, source, target, -1, -1)
+        self.free(source)
+
+    def add(self, tokens: Sequence[int], position: int, slot: int, *, wanted: bool = True) -> int:
         """Put `tokens` of sequence `slot`, the first at `position`, into the batch; returns how many still fitted.
 
-        Logits are asked for at the last token, if it fitted.
+        If `wanted`, logits are asked for at the last token, if it fitted.
         """
-        return self._add(tokens, position, slot, wanted=True)
-
-    def _add(self, tokens: Sequence[int], position: int, slot: int, *, wanted: bool) -> int:
         batch = self._batch
         start = int(batch.n_tokens)
         count = min(len(tokens), _BATCH_TOKENS - start)

@@ -1,8 +1,12 @@
 """Greedy decoding of many prompts at once on llama.cpp, through llama-cpp-python's low-level API.
 
-All sequences share one context and one pool of cache cells. Every step is one `llama_decode` call that carries the next token of
-each running answer and as many tokens of new prompts as still fit; a sequence leaves at its end and its cells go to the next
-prompt (continuous batching: Yu et al. 2022, "Orca"). What all prompts begin with is computed once and its cells are shared.
+All sequences share one context. A sequence leaves at its end and its place goes to the next prompt (continuous batching: Yu et al.
+2022, "Orca"). What all prompts begin with is computed once. There are two ways to go:
+
+* apart: each sequence has a pool of cache cells of its own, and every step is one `llama_decode` call with one token of each, whether
+  of its prompt or of its answer. Attention then costs little, and batches are always equally wide. For answers to short prompts.
+* together: one pool for all; a step carries the next token of each running answer and as many tokens of new prompts as still fit.
+  Attention has to look through the cells of all sequences for its own. For prompts of any length, and for models that cannot be copied.
 
 llama.cpp's kernels are not batch-invariant: the same prompts under the same settings give the same tokens, but other company in
 the batch can tip a near-tie. `exact=True` decodes one sequence at a time, exactly as `llama_cpp.Llama.generate` does.
@@ -32,12 +36,15 @@ from ..models import llama_log
 from ..models.gguf_file import GgufFile
 from ..models.tokenizer import Tokenizer
 from ..progress import Advance, no_progress
-from .llama_context import LlamaContext
+from .llama_context import POOL_STEP, LlamaContext
 from .system import physical_cores
 
 _NO_VOCABULARY = 0
 _MOST_CELLS = 16_384
-"""Cache cells held for all sequences together, unless a single one needs more; 32 chat prompts with short answers need some 3500."""
+"""Cache cells held for all sequences together, unless a single one needs more; 32 chat prompts with short answers need some 3500,
+or 8192 if kept apart."""
+_MOST_BYTES_APART = 1 << 29
+"""Cache bytes up to which sequences are kept apart; 8192 cells need 0.1 GB for Qwen2.5-0.5B, 1.6 GB for SmolLM2-1.7B."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +55,7 @@ class DecodeSettings:
     """
 
     max_tokens: int = 48
-    slots: int = 32
+    slots: int = 64
     threads: int = field(default_factory=physical_cores)
     exact: bool = False
 
@@ -96,6 +103,11 @@ class _Sequence:
     pending: Sequence[int]
     position: int
 
+    def advance(self, fed: int) -> None:
+        """The first `fed` pending tokens are in the batch."""
+        self.position += fed
+        self.pending = self.pending[fed:]
+
 
 class LlamaRuntime:
     """The GGUF at `path`, open in llama.cpp on the CPU; a context manager. Not safe for use by several threads at once.
@@ -108,8 +120,8 @@ class LlamaRuntime:
         self.path = path
         self.settings = settings
         self.last_stats: DecodeStats | None = None
-        with GgufFile.open(path):
-            pass  # llama.cpp's own reader trusts more than this one does
+        with GgufFile.open(path) as file:  # llama.cpp's own reader trusts more than this one does
+            head = file.metadata.get(f"{file.metadata.get('general.architecture')}.attention.key_length")
         llama_log.silence()
         llama_log.forget_complaints()
         llama_cpp.llama_backend_init()
@@ -127,7 +139,11 @@ class LlamaRuntime:
             raise TrailmedError(f"{path}: not a model that continues text (it has an encoder); use a decoder-only GGUF")
         self._vocabulary_size = int(llama_cpp.llama_vocab_n_tokens(self._vocab))
         self._context_limit = int(llama_cpp.llama_model_n_ctx_train(self._model))
-        # a recurrent state cannot be cut back to a prefix
+        if not isinstance(head, int):
+            head = int(llama_cpp.llama_model_n_embd(self._model)) // max(int(llama_cpp.llama_model_n_head(self._model)), 1)
+        heads, layers = int(llama_cpp.llama_model_n_head_kv(self._model)), int(llama_cpp.llama_model_n_layer(self._model))
+        self._cell_bytes = 2 * 2 * head * heads * layers  # keys and values of two bytes a number, as if all layers were like the first
+        # a recurrent state cannot be cut back to a prefix, in a pool of its own or in one for all
         self._can_share = not (llama_cpp.llama_model_is_recurrent(self._model) or llama_cpp.llama_model_is_hybrid(self._model))
 
     def __enter__(self) -> Self:
@@ -246,20 +262,30 @@ class LlamaRuntime:
         slots = 1 if exact else min(self.settings.slots, len(prompts), llama_cpp.llama_max_parallel_sequences() - 1)
         largest = sorted(needs, reverse=True)[:slots]
         cells = min(sum(largest), max(largest[0], _MOST_CELLS))
-        with LlamaContext(self._model, self.path, cells=prefix + cells, slots=slots, threads=self.settings.threads, exact=exact) as context:
+        pools = slots * POOL_STEP * -(-(prefix + largest[0]) // POOL_STEP)
+        # a prompt without an answer, or without company, is best fed whole
+        apart = (
+            self._can_share and max_tokens > 1 and slots > 1
+            and pools <= _MOST_CELLS and pools * self._cell_bytes <= _MOST_BYTES_APART
+        )
+        if apart:
+            cells = pools - prefix
+        with LlamaContext(
+            self._model, self.path, cells=prefix + cells, slots=slots, threads=self.settings.threads, exact=exact, apart=apart,
+        ) as context:
             context.feed_prefix(prompts[0][:prefix])
             queue = deque(range(len(prompts)))
-            free_slots = list(range(slots))
             running: list[_Sequence] = []
             while queue or running:
+                free_slots = sorted(set(range(slots)).difference(each.slot for each in running))
                 for index in [*queue] if free_slots else ():
                     if free_slots and needs[index] <= cells:
                         queue.remove(index)
                         cells -= needs[index]
-                        slot = free_slots.pop()
+                        slot = free_slots.pop(0)
                         context.share_prefix(slot)
                         running.append(_Sequence(index, slot, needs[index], prompts[index][prefix:], prefix))
-                due = self._feed(context, running)
+                due = self._feed_apart(context, running) if apart else self._feed_together(context, running)
                 if not due:
                     continue
                 yield due, context.logits(len(due))
@@ -267,16 +293,35 @@ class LlamaRuntime:
                     if not sequence.pending:
                         running.remove(sequence)
                         context.free(sequence.slot)
-                        free_slots.append(sequence.slot)
                         cells += sequence.cells
 
-    def _feed(self, context: LlamaContext, running: Sequence[_Sequence]) -> list[_Sequence]:
+    def _feed_apart(self, context: LlamaContext, running: list[_Sequence]) -> list[_Sequence]:
+        """One step of sequences kept apart: a token of each, as sequences 0, 1, 2, … Returns the ones that were fed to their end.
+
+        A prompt with more tokens than there are sequences would hold its place for too long; it is fed by itself, but for its last.
+        """
+        running.sort(key=lambda each: each.slot)
+        for slot in range(len(running)):
+            if running[slot].slot != slot:  # nobody is left to take this place: the last one does
+                last = running.pop()
+                context.move(last.slot, slot)
+                last.slot = slot
+                running.insert(slot, last)
+        for sequence in running:
+            while len(sequence.pending) - 1 > len(running):
+                sequence.advance(context.add(sequence.pending[:-1], sequence.position, sequence.slot, wanted=False))
+                context.decode()
+        for sequence in running:
+            sequence.advance(context.add(sequence.pending[:1], sequence.position, sequence.slot, wanted=len(sequence.pending) == 1))
+        context.decode()
+        return [sequence for sequence in running if not sequence.pending]
+
+    def _feed_together(self, context: LlamaContext, running: Sequence[_Sequence]) -> list[_Sequence]:
         """One `llama_decode` call: what is pending, as far as a batch holds it. Returns the sequences that were fed to their end."""
         due = []
         for sequence in sorted(running, key=lambda each: len(each.pending)):  # a long prompt must not hold running answers up
             fed = context.add(sequence.pending, sequence.position, sequence.slot)
-            sequence.position += fed
-            sequence.pending = sequence.pending[fed:]
+            sequence.advance(fed)
             if fed and not sequence.pending:
                 due.append(sequence)
         context.decode()

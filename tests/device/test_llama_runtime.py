@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import llama_cpp
 import numpy as np
@@ -42,6 +43,20 @@ def reference(model: Path) -> Iterator[llama_cpp.Llama]:
     llama = llama_cpp.Llama(str(model), n_ctx=512, n_threads=1, n_threads_batch=1, n_gpu_layers=0, verbose=False)
     yield llama
     llama.close()
+
+
+@pytest.fixture
+def contexts(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What every context is made with, in order."""
+    made: list[dict[str, Any]] = []
+    make = llama_runtime.LlamaContext.__init__
+
+    def noting(self: llama_context.LlamaContext, model: object, path: Path, **arguments: Any) -> None:
+        made.append(arguments)
+        make(self, model, path, **arguments)
+
+    monkeypatch.setattr(llama_runtime.LlamaContext, "__init__", noting)
+    return made
 
 
 def settings(**changes: int | bool) -> DecodeSettings:
@@ -94,10 +109,65 @@ def test_exact_mode_gives_the_text_of_create_completion(reference: llama_cpp.Lla
 
 @pytest.mark.parametrize("architecture", ["qwen2", "llama", "gemma3"])
 @pytest.mark.parametrize("slots", [1, 3, 64])
-def test_batched_answers_are_those_of_one_at_a_time(tmp_path: Path, architecture: str, slots: int, prompts: list[list[int]]) -> None:
+@pytest.mark.parametrize("apart", [True, False])
+def test_batched_answers_are_those_of_one_at_a_time(
+    tmp_path: Path, architecture: str, slots: int, apart: bool, prompts: list[list[int]], contexts: list[dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     # float32 weights and wide-apart logits: nothing is near a tie, so batching must change nothing
     path = tiny_gguf(tmp_path, architecture, seed=2, tie_word_embeddings=False)
-    assert generate(path, prompts, slots=slots) == generate(path, prompts, exact=True)
+    expected = generate(path, prompts, exact=True)
+    if not apart:
+        monkeypatch.setattr(llama_runtime, "_MOST_CELLS", 255)
+    assert generate(path, prompts, slots=slots) == expected
+    assert [context["apart"] for context in contexts] == [False, apart and slots > 1]
+
+
+def test_sequences_kept_apart_stand_side_by_side(tmp_path: Path, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tiny_gguf(tmp_path, "llama", seed=3, tie_word_embeddings=False)
+    expected = generate(path, prompts, exact=True, max_tokens=30)
+    assert {30} < {len(answer.tokens) for answer in expected}  # some leave early
+    batches: list[list[int]] = []
+    moves: list[tuple[int, int]] = []
+    decode, move = llama_cpp.llama_decode, llama_runtime.LlamaContext.move
+
+    def noting_decode(context: Any, batch: Any) -> int:
+        batches.append([batch.seq_id[index][0] for index in range(batch.n_tokens)])
+        return int(decode(context, batch))
+
+    def noting_move(self: llama_context.LlamaContext, source: int, target: int) -> None:
+        moves.append((source, target))
+        move(self, source, target)
+
+    monkeypatch.setattr(llama_cpp, "llama_decode", noting_decode)
+    monkeypatch.setattr(llama_runtime.LlamaContext, "move", noting_move)
+    assert generate(path, prompts, max_tokens=30, slots=6) == expected
+    assert moves
+    assert all(source > target for source, target in moves)
+    # a prompt's tokens by themselves, or one token each of the first so many sequences; else llama.cpp would take them in pieces
+    assert all(len(set(batch)) == 1 or batch == list(range(len(batch))) for batch in batches)
+    assert max(map(len, map(set, batches))) == 6
+
+
+def test_sequences_are_kept_apart_as_far_as_memory_allows(
+    model: Path, prompts: list[list[int]], contexts: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_module("qwen2").config
+    cell = 2 * 2 * config.hidden_size // config.num_attention_heads * config.num_key_value_heads * config.num_hidden_layers
+    expected = generate(model, prompts, exact=True)
+    for room in (0, -1):
+        monkeypatch.setattr(llama_runtime, "_MOST_BYTES_APART", 4 * 256 * cell + room)
+        assert generate(model, prompts) == expected
+    assert [context["apart"] for context in contexts] == [False, True, False]
+
+
+def test_models_that_cannot_be_cut_back_are_not_kept_apart(
+    model: Path, prompts: list[list[int]], contexts: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = generate(model, prompts)
+    monkeypatch.setattr(llama_cpp, "llama_model_is_recurrent", lambda _: True)
+    assert generate(model, prompts) == expected
+    assert [context["apart"] for context in contexts] == [True, False]
 
 
 def test_the_same_call_gives_the_same_answers_again(model: Path, prompts: list[list[int]]) -> None:
@@ -121,25 +191,23 @@ def test_prompts_longer_than_a_batch_are_fed_in_pieces(model: Path, prompts: lis
     assert generate(model, prompts) == expected
 
 
-def test_no_more_cells_are_asked_for_than_needed(model: Path, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[int, int]] = []
-    make = llama_runtime.LlamaContext.__init__
-
-    def noting(self: llama_context.LlamaContext, model: object, path: Path, *, cells: int, slots: int, threads: int, exact: bool) -> None:
-        asked.append((cells, slots))
-        make(self, model, path, cells=cells, slots=slots, threads=threads, exact=exact)
-
-    monkeypatch.setattr(llama_runtime.LlamaContext, "__init__", noting)
+def test_no_more_cells_are_asked_for_than_needed(model: Path, prompts: list[list[int]], contexts: list[dict[str, Any]]) -> None:
     with LlamaRuntime(model, settings(slots=3)) as runtime:
         runtime.generate(prompts)
+        runtime.first_token_log_probs(prompts)
         stats = runtime.last_stats
     assert stats is not None
-    own = sorted((len(prompt) - stats.prefix_tokens_shared + 11 for prompt in prompts), reverse=True)
-    assert asked == [(stats.prefix_tokens_shared + sum(own[:3]), 3)]
+    own = sorted((len(prompt) - stats.prefix_tokens_shared for prompt in prompts), reverse=True)
+    assert [(each["cells"], each["slots"], each["apart"]) for each in contexts] == [
+        (3 * 256, 3, True), (stats.prefix_tokens_shared + sum(own[:3]), 3, False),
+    ]
     generate(model, prompts, slots=10_000)
-    assert asked[1][1] == len(prompts)
+    assert contexts[2]["slots"] == len(prompts)
+    generate(model, [(prompts[0] * 40)[:245], prompts[1]], slots=2)  # 245 + 12 - 1 cells
+    generate(model, [(prompts[0] * 40)[:246], prompts[1]], slots=2)
+    assert [context["cells"] for context in contexts[3:]] == [2 * 256, 2 * 512]
     generate(model, [[1, 2]] * 400, slots=10_000, max_tokens=1)
-    assert asked[2][1] == llama_cpp.llama_max_parallel_sequences() - 1
+    assert contexts[5]["slots"] == llama_cpp.llama_max_parallel_sequences() - 1
 
 
 def test_answers_end_at_every_end_of_generation_token(model: Path, prompts: list[list[int]], tmp_path: Path) -> None:
