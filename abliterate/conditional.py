@@ -51,9 +51,9 @@ class ConditionalSettings:
     """Where the edit sits and how far it moves the odds. Raises ValueError for a value out of range."""
 
     nats: float = field(
-        default=7.0, metadata={"help": "nats by which the log-odds of refusing move up where a request reads as harm, else down"},
+        default=10.0, metadata={"help": "nats by which the log-odds of refusing move up where a request reads as harm, else down"},
     )
-    ridge: float = field(default=0.003, metadata={"help": "regularization of the reading, relative to the variance of what is read"})
+    ridge: float = field(default=0.001, metadata={"help": "regularization of the reading, relative to the variance of what is read"})
     gate_ridge: float = field(default=0.01, metadata={"help": "regularization of the gates, relative likewise"})
     first_layer: float = field(default=0.5, metadata={"help": "share of the blocks below the edited ones"})
     last_layer: float = field(default=0.75, metadata={"help": "share of the blocks below the end of the edited ones"})
