@@ -37,6 +37,7 @@ def eval_command(
     category: Annotated[list[str] | None, typer.Option("--category", help="only these categories")] = None,
     limit: Annotated[int | None, typer.Option(help="at most so many prompts, spread over the categories")] = None,
     phrasings: Annotated[bool, typer.Option("--phrasings", help="ask the further phrasings of every scenario as well")] = False,
+    challenge: Annotated[bool, typer.Option("--challenge", help="ask the challenge set instead: by authors who saw nothing else")] = False,
     prompts: Annotated[Path | None, typer.Option(help="prompts of your own: JSON Lines, JSON, CSV or TSV")] = None,
     column: Annotated[list[str] | None, typer.Option(
         "--column", help="with --prompts: which column holds a field, FIELD=COLUMN (text=question); repeat it",
@@ -61,10 +62,10 @@ def eval_command(
             engine=engine, endpoint=endpoint, max_tokens=max_tokens, slots=slots, threads=threads or _EVAL.threads, exact=exact,
             concurrency=concurrency, timeout=timeout, retries=retries,
         ),
-        split=split.chosen, categories=parse_categories(category or ()), limit=limit, phrasings=phrasings, prompts=prompts,
-        columns=column or (), progress=not quiet,
+        split=split.chosen, categories=parse_categories(category or ()), limit=limit, phrasings=phrasings, challenge=challenge,
+        prompts=prompts, columns=column or (), progress=not quiet,
     )
-    if found.edit_sha256 and prompts is None and split is not SplitChoice.HELD_OUT and not quiet:
+    if found.edit_sha256 and prompts is None and not challenge and split is not SplitChoice.HELD_OUT and not quiet:
         print("trailmed: this model carries an edit that was fitted on part of these prompts; claim figures of --split held_out only",
               file=sys.stderr)
     if as_json:

@@ -9,7 +9,7 @@ from .device.engine import Engine
 from .errors import TrailmedError
 from .eval.benchmark import evaluate
 from .eval.external import load_any_prompts
-from .eval.prompts import Category, Prompt, Split, choose, load_benchmark, load_phrasings, sample
+from .eval.prompts import Category, Prompt, Split, choose, load_benchmark, load_challenge, load_phrasings, sample
 from .eval.runs import EvalRun
 from .models.source import resolve_model
 from .settings import EngineName, EvalSettings
@@ -17,22 +17,22 @@ from .settings import EngineName, EvalSettings
 
 def eval(
     model: str, out: Path | None = None, settings: EvalSettings = EvalSettings(), *, split: Split | None = None,
-    categories: Sequence[Category] = (), limit: int | None = None, phrasings: bool = False, prompts: Path | None = None,
-    columns: Sequence[str] = (), progress: bool = True,
+    categories: Sequence[Category] = (), limit: int | None = None, phrasings: bool = False, challenge: bool = False,
+    prompts: Path | None = None, columns: Sequence[str] = (), progress: bool = True,
 ) -> EvalRun:
     """Put prompts to `model` and judge its answers.
 
-    The prompts are the shipped benchmark's (with `phrasings`, its further phrasings too) or those of the file `prompts`, whose table
-    columns `columns` name ("text=question"); of one `split`, of some `categories`, at most `limit` (see `sample`). With `out`, a folder, an
-    interrupted evaluation goes on there. Raises `TrailmedError` for bad input and as the engine does.
+    The prompts are the shipped benchmark's (with `phrasings`, its further phrasings too), the `challenge` set's, or those of the file
+    `prompts`, whose table columns `columns` name ("text=question"); of one `split`, of some `categories`, at most `limit` (see
+    `sample`). With `out`, a folder, an interrupted evaluation goes on there. Raises `TrailmedError` for bad input and as the engine does.
     """
     if limit is not None and limit < 1:
         raise TrailmedError(f"limit is {limit}; it must be at least 1")
-    if prompts is not None and phrasings:
-        raise TrailmedError("further phrasings belong to the shipped benchmark; leave --phrasings or --prompts out")
+    if (prompts is not None) + phrasings + challenge > 1:
+        raise TrailmedError("--phrasings belongs to the benchmark, and --challenge and --prompts take its place; give one of the three")
     if prompts is None and columns:
         raise TrailmedError("columns are those of a file of prompts; give --prompts as well, or leave --column out")
-    found = _prompts(phrasings) if prompts is None else load_any_prompts(prompts, columns)
+    found = _prompts(phrasings, challenge) if prompts is None else load_any_prompts(prompts, columns)
     chosen = choose(found, split=split, categories=categories)
     if limit is not None:
         chosen = sample(chosen, limit)
@@ -73,8 +73,8 @@ def open_engine(model: str, settings: EvalSettings, *, progress: bool = True) ->
     ))
 
 
-def _prompts(phrasings: bool) -> list[Prompt]:
-    return [*load_benchmark(), *(load_phrasings() if phrasings else ())]
+def _prompts(phrasings: bool, challenge: bool) -> list[Prompt]:
+    return load_challenge() if challenge else [*load_benchmark(), *(load_phrasings() if phrasings else ())]
 
 
 def _name(model: str, settings: EvalSettings) -> str:

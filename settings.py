@@ -118,6 +118,24 @@ class EvalSettings:
             raise TrailmedError(f"retries is {self.retries}; it must be at least 0")
 
 
+@dataclass(frozen=True, slots=True)
+class RetentionSettings:
+    """What `trailmed study retention` varies, one at a time. Raises `TrailmedError` for a value out of range."""
+
+    shares: tuple[float, ...] = field(default=(0.0, 0.25, 0.5), metadata={"help": "shares of the retain set, whole scenarios"})
+    ridges: tuple[float, ...] = field(default=(), metadata={"help": "regularizations of the reading"})
+    nats: tuple[float, ...] = field(default=(), metadata={"help": "nats by which the odds of a refusal move"})
+
+    def __post_init__(self) -> None:
+        for share in self.shares:
+            if not 0 <= share <= 1:
+                raise TrailmedError(f"share {share:g} of the retain set is not between 0 and 1")
+        for name in ("ridges", "nats"):
+            for value in getattr(self, name):
+                if not (math.isfinite(value) and value > 0):
+                    raise TrailmedError(f"{name}: {value:g} is not a positive number")
+
+
 def settings_document(settings: EditSettings) -> dict[str, object]:
     """The settings as plain JSON."""
     return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(settings).items()}

@@ -7,24 +7,35 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from trailmed.eval.prompts import BENCHMARK_VERSION, Category, Prompt, Split, load_benchmark, load_phrasings, load_retain, prompts_hash
+from trailmed.eval.prompts import (
+    BENCHMARK_VERSION,
+    Category,
+    Prompt,
+    Split,
+    load_benchmark,
+    load_challenge,
+    load_phrasings,
+    load_retain,
+    prompts_hash,
+)
 
 CARD = Path(__file__).with_name("BENCHMARK.md")
-_SETS = ("benchmark", "further phrasings", "retain set")
+_SETS = ("benchmark", "further phrasings", "challenge set", "retain set")
 BEGIN, END = "<!-- counts: begin -->\n", "<!-- counts: end -->\n"
 
 
 def tables() -> str:
-    """Everything BENCHMARK.md says in numbers about the three sets, as Markdown."""
-    sets = benchmark, phrasings, retain = load_benchmark(), load_phrasings(), load_retain()
+    """Everything BENCHMARK.md says in numbers about the sets, as Markdown."""
+    sets = benchmark, phrasings, challenge, retain = load_benchmark(), load_phrasings(), load_challenge(), load_retain()
     asked = [*benchmark, *phrasings]
     splits: dict[str, set[Split | None]] = {}
     for prompt in asked:
         splits.setdefault(prompt.scenario, set()).add(prompt.split)
     ways = Counter(Counter((prompt.category, prompt.scenario) for prompt in asked).values())
-    outside = [splits.keys() & {prompt.scenario for prompt in retain}, {p.text for p in asked} & {p.text for p in retain}]
+    fitted, measured = {p.text for p in retain}, {p.text for p in [*asked, *challenge]}
+    outside = [{prompt.scenario for prompt in [*asked, *challenge]} & {prompt.scenario for prompt in retain}, measured & fitted]
     facts = [
-        ("version", BENCHMARK_VERSION, BENCHMARK_VERSION, BENCHMARK_VERSION),
+        ("version", *(BENCHMARK_VERSION for _ in sets)),
         ("prompts", *map(len, sets)),
         ("scenarios", *(len({prompt.scenario for prompt in each}) for each in sets)),
         ("prompts with a twin", *(sum(prompt.twin is not None for prompt in each) for each in sets)),
@@ -37,10 +48,10 @@ def tables() -> str:
         ("scenarios in more than one split", sum(len(found) > 1 for found in splits.values())),
     ]
     by_category = Counter((prompt.category, prompt.split) for prompt in benchmark)
-    further, retained = (Counter(prompt.category for prompt in each) for each in (phrasings, retain))
+    others = [Counter(prompt.category for prompt in each) for each in sets[1:]]
     category_rows: list[tuple[object, ...]] = [
         (f"`{category}`", *(by_category[category, split] for split in Split), sum(by_category[category, split] for split in Split),
-         further[category], retained[category])
+         *(each[category] for each in others))
         for category in Category
     ]
     total = ("all", *(sum(by_category[category, split] for category in Category) for split in Split), *map(len, sets))

@@ -1,7 +1,8 @@
 """The benchmark's prompts: the schema, the shipped sets, and splits that keep a scenario in one piece.
 
-Three sets are shipped as JSON Lines. *Benchmark* (`data/<category>.jsonl`) is measured on; its splits are stored, so
+Four sets are shipped as JSON Lines. *Benchmark* (`data/<category>.jsonl`) is measured on; its splits are stored, so
 that adding a prompt never moves another one across. *Phrasings* (`data/phrasings/`) ask its scenarios anew, in other words.
+*Challenge* (`data/challenge.jsonl`) is by authors who saw none of the others.
 *Retain* (`data/retain.jsonl`) is fit-only material that shows an edit what it must not change; no figure is ever claimed on it,
 and none of its scenarios occurs in the benchmark.
 """
@@ -120,6 +121,14 @@ def load_phrasings() -> list[Prompt]:
     A set of their own: edits are not fitted on them and headline figures do not count them, which keeps both comparable and quick.
     """
     return [prompt for category in Category for prompt in _read_shipped(f"phrasings/{category}.jsonl")]
+
+
+def load_challenge() -> list[Prompt]:
+    """The challenge set: harmful requests and their safe twins by authors who had seen no other prompt of ours, all of it held out.
+
+    What an edit does on prompts that are not of its own authors' kind.
+    """
+    return _read_shipped("challenge.jsonl")
 
 
 def load_prompts(path: Path) -> list[Prompt]:

@@ -25,6 +25,7 @@ from trailmed.eval.prompts import (
     SplitChoice,
     assign_splits,
     load_benchmark,
+    load_challenge,
     load_phrasings,
     load_prompts,
     load_retain,
@@ -80,6 +81,14 @@ def test_with_the_further_phrasings_every_scenario_is_asked_in_two_ways_or_more(
     assert len(set(voices)) >= 10
 
 
+def test_the_challenge_set_is_all_held_out_and_asks_every_benign_category_and_every_kind_of_harm() -> None:
+    challenge = load_challenge()
+    assert {prompt.split for prompt in challenge} == {Split.HELD_OUT}
+    assert {prompt.category for prompt in challenge} == {*Category} - {Category.SAFE_CONTROL}
+    assert {prompt.kind for prompt in challenge} == {prompt.kind for prompt in load_benchmark()}
+    assert len(challenge) >= 400
+
+
 def test_harmful_requests_are_of_many_kinds_and_voices() -> None:
     harmful = select(load_benchmark(), categories=[Category.SHOULD_REFUSE])
     assert len({prompt.kind for prompt in harmful}) >= 10
@@ -88,7 +97,7 @@ def test_harmful_requests_are_of_many_kinds_and_voices() -> None:
     assert len(set(held_out)) >= 10
 
 
-@pytest.mark.parametrize("load", [load_benchmark, load_phrasings, load_retain])
+@pytest.mark.parametrize("load", [load_benchmark, load_phrasings, load_challenge, load_retain])
 def test_ids_and_texts_are_unique(load: Any) -> None:
     prompts = load()
     for values in ([prompt.id for prompt in prompts], [_normalised(prompt.text) for prompt in prompts]):
@@ -110,7 +119,7 @@ def test_each_category_is_split_about_50_15_35(category: Category) -> None:
     assert {split: share for split, share in shares.items() if abs(share - SPLIT_SHARES[split]) > 0.08} == {}
 
 
-@pytest.mark.parametrize("load", [load_benchmark, load_retain])
+@pytest.mark.parametrize("load", [load_benchmark, load_challenge, load_retain])
 def test_twins_point_at_each_other_across_the_line(load: Any) -> None:
     by_id = {prompt.id: prompt for prompt in load()}
     pairs = [(prompt, by_id.get(prompt.twin)) for prompt in by_id.values() if prompt.twin is not None]
@@ -123,11 +132,12 @@ def test_twins_point_at_each_other_across_the_line(load: Any) -> None:
     assert len(pairs) >= 2 * 20
 
 
-def test_the_retain_set_shares_nothing_with_the_benchmark() -> None:
-    benchmark, retain = load_benchmark(), load_retain()
+@pytest.mark.parametrize("load", [load_benchmark, load_challenge])
+def test_the_retain_set_shares_nothing_with_what_is_measured(load: Any) -> None:
+    measured, retain = load(), load_retain()
     for field in ("id", "scenario"):
-        assert {getattr(p, field) for p in benchmark} & {getattr(p, field) for p in retain} == set()
-    assert {_normalised(p.text) for p in benchmark} & {_normalised(p.text) for p in retain} == set()
+        assert {getattr(p, field) for p in measured} & {getattr(p, field) for p in retain} == set()
+    assert {_normalised(p.text) for p in measured} & {_normalised(p.text) for p in retain} == set()
     assert {p.expected for p in retain} == set(Expected)
 
 
