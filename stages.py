@@ -46,16 +46,17 @@ class StageTime:
 class Stages:
     """The stages of one job in `folder`, which is locked while the value is open (use it as a context manager)."""
 
-    def __init__(self, folder: Path, settings: dict[str, Any], total: int, *, progress: bool = True) -> None:
+    def __init__(self, folder: Path, settings: dict[str, Any], total: int, *, progress: bool = True, wait: bool = False) -> None:
         """Open `folder` for a job described by `settings` (JSON), of `total` stages.
 
-        Raises `TrailmedError` when the folder holds a job with other settings, is in use by another process, or cannot be written.
+        Raises `TrailmedError` when the folder holds a job with other settings, is in use by another process (with `wait`, waits for that
+        one to be done), or cannot be written.
         """
         self.folder = folder
         self._manifest = folder / _MANIFEST
         self._total, self._started = total, 0
         self._console = Console(stderr=True, quiet=not progress)
-        self._lock = lock_folder(folder, _LOCK)
+        self._lock = lock_folder(folder, _LOCK, wait=wait)
         try:
             self._claim(settings)
         except BaseException:
