@@ -85,7 +85,7 @@ def _words(trial: TrialRecord, found: Objectives, results: SearchResults) -> str
     return (
         f"Trial {trial.number}, {trial.parameters['method']}: {described_settings(trial, int(results.facts['blocks']))}. "
         f"Benign refused {found.benign_refused} of {found.benign} ({percent(found.benign_share)}), harmful refused "
-        f"{found.harmful_refused} of {found.harmful} ({percent(found.harmful_share)}), KL {found.kl:.4f} nats, AUC {found.separation:.3f}."
+        f"{found.harmful_refused} of {found.harmful} ({percent(found.harmful_share)}), KL {found.kl:.2g} nats, AUC {found.separation:.3f}."
     )
 
 

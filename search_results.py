@@ -212,5 +212,5 @@ def calibration_table(calibration: Sequence[Calibration]) -> Table:
 def _figures(found: Objectives) -> tuple[str, str, str, str]:
     return (
         f"{found.benign_refused}/{found.benign} ({percent(found.benign_share)})",
-        f"{found.harmful_refused}/{found.harmful} ({percent(found.harmful_share)})", f"{found.kl:.4f}", f"{found.separation:.3f}",
+        f"{found.harmful_refused}/{found.harmful} ({percent(found.harmful_share)})", f"{found.kl:.2g}", f"{found.separation:.3f}",
     )

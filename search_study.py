@@ -10,8 +10,8 @@ import json
 import socket
 import time
 import warnings
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ _LONGEST = timedelta(hours=1)
 _UNCLAIMED = timedelta(minutes=1)
 """A trial without the name of its process is as old as the moment between two writes, unless that process died in it."""
 _POLL_SECONDS = 0.5
+_ATTEMPTS = 5
 
 
 class _SeededByTrial(BaseSampler):
@@ -75,23 +76,19 @@ class _SeededByTrial(BaseSampler):
 class SharedStudy:
     """The study `name` in `storage`, of a search that `facts` (JSON) describe; made when it is not there.
 
-    `storage` is the path of a journal file, or a database's URL. Raises `TrailmedError` when it cannot be opened, or the study in it is of
+    `storage` is a database's URL, or the path of a journal file. Raises `TrailmedError` when it cannot be opened, or the study in it is of
     another search.
     """
 
     def __init__(self, storage: Path | str, name: str, facts: Mapping[str, Any], seed: int) -> None:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        try:
-            self._study = optuna.create_study(
-                storage=_opened(storage), study_name=name, directions=_DIRECTIONS, sampler=_SeededByTrial(seed), load_if_exists=True,
-            )
-            self._claim(name, json.loads(json.dumps(facts)))
-        except OSError as error:
-            raise explain_os_error(error, Path(storage)) from error
-        except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.OptunaError, ImportError, ValueError, KeyError) as error:
-            # A URL may hold a password, and the message the URL: it is not repeated.
-            where = str(storage) if isinstance(storage, Path) else "the database"
-            raise TrailmedError(f"{where}: not a storage of trials that can be opened ({type(error).__name__}); choose another") from error
+        with storage_errors(storage):
+            try:
+                self._study = _study(storage, name, seed)
+                self._claim(name, json.loads(json.dumps(facts)))
+            except (ImportError, ValueError, KeyError, TypeError, AssertionError) as error:
+                reason = type(error).__name__ if "://" in str(storage) else f"{type(error).__name__}: {error}"
+                raise TrailmedError(f"{_named(storage)}: no storage of trials ({reason}); choose another") from error
 
     def _claim(self, name: str, facts: dict[str, Any]) -> None:
         study, found = self._study, self._study.user_attrs.get(_FACTS)
@@ -190,10 +187,42 @@ class SharedStudy:
                 self.fail(trial.number)
 
 
+def _study(storage: Path | str, name: str, seed: int) -> optuna.Study:
+    """The study, made if need be: of two workers that make a database's tables at the same moment one fails, and tries again."""
+    left = _ATTEMPTS
+    while True:
+        left -= 1
+        try:
+            return optuna.create_study(
+                storage=_opened(storage), study_name=name, directions=_DIRECTIONS, sampler=_SeededByTrial(seed), load_if_exists=True,
+            )
+        except (sqlalchemy.exc.IntegrityError, sqlalchemy.exc.OperationalError):
+            if not left:
+                raise
+            time.sleep(_POLL_SECONDS)
+
+
+@contextmanager
+def storage_errors(storage: Path | str) -> Iterator[None]:
+    """What goes wrong with a storage while open, as one line."""
+    try:
+        yield
+    except OSError as error:
+        raise explain_os_error(error, Path(_named(storage))) from error
+    except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.OptunaError) as error:
+        raise TrailmedError(f"{_named(storage)}: cannot be used ({type(error).__name__}); look after it, or choose another") from error
+
+
 def _opened(storage: Path | str) -> BaseStorage:
-    if isinstance(storage, Path):
-        return JournalStorage(JournalFileBackend(str(storage)))
-    return RDBStorage(storage)
+    if "://" in str(storage):
+        return RDBStorage(str(storage))
+    return JournalStorage(JournalFileBackend(str(storage)))
+
+
+def _named(storage: Path | str) -> str:
+    """A storage in a message: a URL may hold a password, so of one only the kind is said."""
+    kind, is_url, _ = str(storage).partition("://")
+    return f"the {kind} database" if is_url else str(storage)
 
 
 def _this_worker() -> dict[str, Any]:

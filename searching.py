@@ -35,7 +35,7 @@ from .search_report import pareto_page
 from .search_results import Calibration, SearchResults, Tally, pareto_front
 from .search_space import Candidates, Learned, Space, most_rank
 from .settings import Method, SearchSettings
-from .stages import Stages
+from .stages import LOCK_NAME, MANIFEST_NAME, Stages
 
 if TYPE_CHECKING:
     from .search_study import SharedStudy
@@ -43,8 +43,6 @@ if TYPE_CHECKING:
 RESULTS_NAME = "search.json"
 PAGE_NAME = "pareto.html"
 _JOURNAL = "trials.journal"
-_WRITING = ".results.lock"
-_MANIFEST = "run.json"
 _MOST_FAILURES = 20
 """Trials in a row whose edits break the model, before the search is given up."""
 
@@ -79,18 +77,20 @@ def search(
     study = opened(settings.storage) if settings.storage is not None else None  # before the work that would be for nothing
     job.prepare()
     study = study or opened(out / _JOURNAL)
-    _run_trials(job, study, settings, progress)
-    results = _results(job, study)
-    if settings.calibrate:
-        _calibrate(job, study, results, settings, progress)
+    with study_module.storage_errors(settings.storage or out / _JOURNAL):
+        _run_trials(job, study, settings, progress)
         results = _results(job, study)
-    lock = lock_folder(out, _WRITING, wait=True)
+        if settings.calibrate:
+            _calibrate(job, study, results, settings, progress)
+            results = _results(job, study)
+        seconds = study.seconds()
+    lock = lock_folder(out, LOCK_NAME, wait=True)
     try:
         write_json_atomically(out / RESULTS_NAME, results.model_dump(mode="json"))
         write_text_atomically(out / PAGE_NAME, pareto_page(results))
     finally:
         lock.release()
-    return SearchOutcome(results, out / RESULTS_NAME, out / PAGE_NAME, study.seconds())
+    return SearchOutcome(results, out / RESULTS_NAME, out / PAGE_NAME, seconds)
 
 
 def pick(
@@ -103,7 +103,7 @@ def pick(
     """
     results = SearchResults.load(searched / RESULTS_NAME)
     chosen = results.trial(trial)
-    kept = _kept_facts(searched / _MANIFEST)
+    kept = _kept_facts(searched / MANIFEST_NAME)
     source = resolve_model(model, progress=progress)
     settings = SearchSettings(remove=kept.remove, keep=kept.keep, methods=kept.methods)
     job = _SearchJob(source, searched, settings, kept.threads, prompts, retain, progress)

@@ -142,7 +142,8 @@ class SearchSettings:
     seed: int = field(default=0, metadata={"help": "seed of what is tried; each trial draws by this and its own number"})
     storage: str | None = field(
         default=None, metadata={
-            "help": "URL of a database that workers on several machines share (sqlite:///…, postgresql://…); default: a file in the folder",
+            "help": "where the trials are, for workers on several machines: a database's URL (sqlite:///…, postgresql://…) or a file; "
+            "default: a file in the folder",
         },
     )
     study: str = field(default="trailmed", metadata={"help": "name of the study in the storage"})

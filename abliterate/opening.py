@@ -69,11 +69,11 @@ class OpeningProbe:
         return found
 
     @torch.no_grad()
-    def first_log_probs(self) -> torch.Tensor:
-        """For each prompt the log-probabilities of the answer's first token, float32 [n, vocabulary]."""
+    def first_logits(self) -> torch.Tensor:
+        """For each prompt the logits of the answer's first token, float32 [n, vocabulary]."""
         found: dict[int, torch.Tensor] = {}
         for batch in self._batches:
-            found |= {prompt: logits[0][0].log_softmax(-1) for prompt, logits in self._logits(batch)}
+            found |= {prompt: logits[0][0] for prompt, logits in self._logits(batch)}
         return torch.stack([found[prompt] for prompt in range(self._count)])
 
     def odds_gradients(self, names: Collection[str]) -> dict[str, torch.Tensor]:

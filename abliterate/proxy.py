@@ -49,7 +49,7 @@ class Proxy:
         # Only the first token is asked for, so a single token of an opening will do.
         asked = [prompt.token_ids for prompt in evenly_spread(controls, ASKED)]
         self._everyday = OpeningProbe(module, asked, [openings[0][:1]], first_block)
-        self._base = self._everyday.first_log_probs()
+        self._base = self._everyday.first_logits()
 
     def refusals(self, factors: Pairs) -> list[bool]:
         """Whether each of `prompts` would be refused under `factors`."""
@@ -60,7 +60,7 @@ class Proxy:
         """What the module does under `factors` (none: the base). Nothing is random."""
         with attached(self._module, factors):
             margins = self._probe.margins()
-            edited = self._everyday.first_log_probs()
+            edited = self._everyday.first_logits()
         benign, harmful = (
             [margin for prompt, margin in zip(self.prompts, margins, strict=True) if prompt.should_refuse is kind] for kind in (False, True)
         )
@@ -69,8 +69,9 @@ class Proxy:
 
 
 def mean_kl(base: torch.Tensor, edited: torch.Tensor) -> float:
-    """Mean KL(base ‖ edited) in nats of log-probabilities float32 [n, vocabulary], summed in float64, one row at a time."""
-    rows = (
-        (before.double().exp() * (before.double() - after.double())).sum() for before, after in zip(base, edited, strict=True)
-    )
-    return max(0.0, float(torch.stack(list(rows)).mean()))
+    """Mean KL(base ‖ edited) in nats of logits float32 [n, vocabulary], in float64, one row at a time: float32 is off by 1e-6."""
+    found = []
+    for rows in zip(base, edited, strict=True):
+        before, after = (row.double().log_softmax(-1) for row in rows)
+        found.append(max(0.0, float((before.exp() * (before - after)).sum())))
+    return sum(found) / len(found)
