@@ -31,7 +31,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 # What only the tests need: linters, and the harnesses and engines that are extras for users.
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(LLAMA_BUILD) $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,hub,onnx,inspect,lm-eval]'
+	$(LLAMA_BUILD) $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,hub,onnx,inspect,lm-eval,search]'
 	touch $@
 
 clean:

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
-from . import __version__, cli_evaluation, cli_study
+from . import __version__, cli_evaluation, cli_search, cli_study
 from .cli_options import Json, Model, Quiet, Threads, friendly, print_json, settings_option
 from .errors import EXIT_GATE_FAILED
 from .eval.prompts import parse_categories
@@ -26,6 +26,7 @@ app = typer.Typer(
 models_app = typer.Typer(no_args_is_help=True, help="The catalogue of models, and what a model file is.")
 app.add_typer(models_app, name="models")
 app.add_typer(cli_evaluation.app)
+app.add_typer(cli_search.app)
 app.add_typer(cli_study.app, name="study")
 
 _EDIT = EditSettings()

@@ -37,7 +37,7 @@ from .models.source import resolve_model
 from .settings import EditSettings, Method, settings_document
 from .stages import Stages
 
-_RETAIN_ASKED = 576
+RETAIN_ASKED = 576
 """Prompts of the retain set, at most, that the methods learn from which need the base's answers to them."""
 
 Stage = tuple[str, list[Path] | Callable[[], list[Path]], Callable[[], object]]
@@ -59,7 +59,7 @@ class EditJob:
             prompt.model_copy(update={"split": Split.FIT}) for prompt in (load_retain() if retain is None else load_prompts(retain))
         ]
         if settings.method is not Method.CONDITIONAL:
-            self.retain = sampled_scenarios(self.retain, _RETAIN_ASKED)
+            self.retain = sampled_scenarios(self.retain, RETAIN_ASKED)
         self.fit, self.validation = fit_prompts(self.benchmark, self.retain)
         # Directions are means over the benchmark's own fit split, which comes first in `fit`; the retain set is for what must stay.
         self.shown = [prompt for prompt in self.benchmark if prompt.split is Split.FIT]

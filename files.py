@@ -93,15 +93,15 @@ def sha256_of_json(value: Any) -> str:
     return hashlib.sha256(canonical.encode("utf-8")).hexdigest()
 
 
-def lock_folder(folder: Path, name: str) -> FileLock:
+def lock_folder(folder: Path, name: str, *, wait: bool = False) -> FileLock:
     """Make `folder` if need be and take its lock, the file `name` in it; the caller releases it.
 
-    Raises `TrailmedError` when another process holds the lock, or the folder cannot be written.
+    Raises `TrailmedError` when another process holds the lock (with `wait`, waits for it instead), or the folder cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / name)
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=-1 if wait else 0)
     except Timeout as error:
         raise TrailmedError(f"{folder}: another trailmed process works in it; wait for it, or choose another folder") from error
     except OSError as error:

@@ -167,7 +167,7 @@ def fit_edit(
         )
     if settings.method is Method.DISTILL:
         return distill(
-            model, fit, validation, settings.removed, directions, lambda answer: _is_refusal(model, answer), origin,
+            model, fit, validation, settings.removed, directions, lambda answer: is_refusal(model, answer), origin,
             DistillSettings(rank=settings.rank, epochs=settings.epochs), progress=progress,
         )
     if settings.method is Method.GATED:
@@ -217,7 +217,8 @@ def _share_of(scenario: str) -> float:
     return int.from_bytes(hashlib.sha256(scenario.encode()).digest()[:8], "big") / 2**64
 
 
-def _is_refusal(model: LoadedModel, answer: Sequence[int]) -> bool:
+def is_refusal(model: LoadedModel, answer: Sequence[int]) -> bool:
+    """The judge's word on an answer given as tokens, its end token included where it ended."""
     return judge(answer_text(model, answer), truncated=not _ended(model, answer)).verdict is Verdict.REFUSAL
 
 

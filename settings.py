@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
 from pathlib import Path
 
@@ -134,6 +134,60 @@ class RetentionSettings:
             for value in getattr(self, name):
                 if not (math.isfinite(value) and value > 0):
                     raise TrailmedError(f"{name}: {value:g} is not a positive number")
+
+
+def _of_edit(name: str) -> dict[str, str]:
+    """What `EditSettings` says of its field `name`."""
+    return {"help": next(str(entry.metadata["help"]) for entry in fields(EditSettings) if entry.name == name)}
+
+
+SEARCHED = (Method.CONDITIONAL, Method.GATED, Method.PROJECT)
+"""Made in closed form, in seconds; a distilled edit takes minutes, and `biproject` cannot be worn by a running module."""
+
+
+@dataclass(frozen=True, slots=True)
+class SearchSettings:
+    """What `trailmed search` looks for, and how long; each field is an option. Raises `TrailmedError` for values out of range."""
+
+    remove: tuple[Category, ...] = field(default=BENIGN_CATEGORIES, metadata=_of_edit("remove"))
+    keep: tuple[Category, ...] = field(default=(), metadata=_of_edit("keep"))
+    methods: tuple[Method, ...] = field(
+        default=SEARCHED, metadata={"help": "methods to choose from; repeat it (default: conditional, gated, project)"},
+    )
+    trials: int = field(
+        default=100, metadata={"help": "complete trials at which the search ends, those of earlier starts and of other workers included"},
+    )
+    seed: int = field(default=0, metadata={"help": "seed of what is tried; each trial draws by this and its own number"})
+    storage: str | None = field(
+        default=None, metadata={
+            "help": "where the trials are, for workers on several machines: a database's URL (sqlite:///…, postgresql://…) or a file; "
+            "default: a file in the folder",
+        },
+    )
+    study: str = field(default="trailmed", metadata={"help": "name of the study in the storage"})
+    calibrate: int = field(
+        default=0, metadata={"help": "points of the front, spread over it, at which the proxy is held against judged answers"},
+    )
+    calibrate_tokens: int = field(default=20, metadata={"help": "with --calibrate: longest answer judged, in tokens"})
+
+    def __post_init__(self) -> None:
+        self.edit  # noqa: B018  # categories that contradict each other
+        for method in self.methods:
+            if method not in SEARCHED:
+                raise TrailmedError(f"cannot search over {method}; choose from {', '.join(SEARCHED)}")
+        object.__setattr__(self, "methods", tuple(method for method in SEARCHED if method in self.methods))
+        if not self.methods:
+            raise TrailmedError("no method is given to search over")
+        for name, least in (("trials", 1), ("seed", 0), ("calibrate", 0), ("calibrate_tokens", 1)):
+            if getattr(self, name) < least:
+                raise TrailmedError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        if not self.study:
+            raise TrailmedError("the study needs a name")
+
+    @property
+    def edit(self) -> EditSettings:
+        """The same categories, as the stages that make an edit take them."""
+        return EditSettings(remove=self.remove, keep=self.keep)
 
 
 def settings_document(settings: EditSettings) -> dict[str, object]:

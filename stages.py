@@ -21,9 +21,10 @@ from .device.system import peak_rss_bytes, reset_peak_rss
 from .errors import TrailmedError
 from .files import PARTIAL_SUFFIX, lock_folder, read_json, sha256_of_file, write_json_atomically
 
-_MANIFEST = "run.json"
+MANIFEST_NAME = "run.json"
 _STAMPS = "stages"
-_LOCK = ".lock"
+LOCK_NAME = ".lock"
+"""Of the file that a process holds while it works in the folder."""
 
 
 class _Stamp(BaseModel):
@@ -46,16 +47,17 @@ class StageTime:
 class Stages:
     """The stages of one job in `folder`, which is locked while the value is open (use it as a context manager)."""
 
-    def __init__(self, folder: Path, settings: dict[str, Any], total: int, *, progress: bool = True) -> None:
+    def __init__(self, folder: Path, settings: dict[str, Any], total: int, *, progress: bool = True, wait: bool = False) -> None:
         """Open `folder` for a job described by `settings` (JSON), of `total` stages.
 
-        Raises `TrailmedError` when the folder holds a job with other settings, is in use by another process, or cannot be written.
+        Raises `TrailmedError` when the folder holds a job with other settings, is in use by another process (with `wait`, waits for that
+        one to be done), or cannot be written.
         """
         self.folder = folder
-        self._manifest = folder / _MANIFEST
+        self._manifest = folder / MANIFEST_NAME
         self._total, self._started = total, 0
         self._console = Console(stderr=True, quiet=not progress)
-        self._lock = lock_folder(folder, _LOCK)
+        self._lock = lock_folder(folder, LOCK_NAME, wait=wait)
         try:
             self._claim(settings)
         except BaseException:
@@ -76,7 +78,7 @@ class Stages:
         self._lock.release()
         if not self._manifest.exists():
             # Not our folder, or ours no longer: leave nothing of ours in it, and not the folder if that was all.
-            (self.folder / _LOCK).unlink(missing_ok=True)
+            (self.folder / LOCK_NAME).unlink(missing_ok=True)
             with suppress(OSError):
                 self.folder.rmdir()
 
@@ -121,7 +123,7 @@ class Stages:
         manifest = self._manifest
         if not manifest.exists():
             if any(self.folder.joinpath(name).exists() for name in (_STAMPS, "results.json")):
-                raise TrailmedError(f"{self.folder}: holds results but no {_MANIFEST}; choose another folder")
+                raise TrailmedError(f"{self.folder}: holds results but no {MANIFEST_NAME}; choose another folder")
             write_json_atomically(manifest, settings)
         found = read_json(manifest)
         if found != settings:

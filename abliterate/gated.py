@@ -37,7 +37,7 @@ class GatedSettings:
 def gated(
     model: HasArchitecture, directions: Directions, inputs: Mapping[str, torch.Tensor], over_refused: Mask, complied: Mask,
     harmful_refused: Mask, origin: EditOrigin, settings: GatedSettings = GatedSettings(), *, layers: Iterable[int] | None = None,
-    components: Sequence[str] = COMPONENTS, progress: Advance = no_progress,
+    components: Sequence[str] = COMPONENTS, grams: dict[str, torch.Tensor] | None = None, progress: Advance = no_progress,
 ) -> Edit:
     """W' = W − α Rᵀ G, where G [k, d_in] maps inputs of over-refused prompts to what ablation would take out of W x, others to 0.
 
@@ -45,7 +45,8 @@ def gated(
     `state_dict()` name, float32 [n, d_in] or [n, positions, d_in] from `capture_inputs`; the masks are bool [n] and prompts in none
     of them are left out. G minimizes Σ wᵢ |G xᵢ − tᵢ|² + λ |G|² with t = R W x − (mean of R W x over complied prompts at the same
     position) for over-refused prompts and 0 for the others; λ is `ridge` times the weighted mean of |x|². Each tensor is fitted by
-    itself, to the inputs of the unedited model. `progress` counts tensors.
+    itself, to the inputs of the unedited model. `progress` counts tensors. What takes longest does not depend on settings or directions:
+    given `grams`, X Xᵀ of each tensor is taken from there, or computed and left there for the next call with the same inputs and masks.
 
     A ridge regression against kept keys as in ROME (Meng et al. 2022, arXiv:2202.05262) and AlphaEdit (Fang et al. 2024,
     arXiv:2410.02355), with the output confined to the refusal directions; nothing but that subspace can change.
@@ -78,8 +79,12 @@ def gated(
         components_along = x.double() @ (rows.double() @ weight.double()).mT
         targets = (components_along - components_along[classes[1]].mean(0)) * classes[0][:, None, None]
         used = prompt_weights > 0
+        rows_read = x[used].flatten(0, 1)
+        gram = None if grams is None else grams.get(name)
+        if gram is None and grams is not None:
+            gram = grams[name] = rows_read.double() @ rows_read.double().mT
         gate = ridge_gate(
-            x[used].flatten(0, 1), targets[used].flatten(0, 1), prompt_weights[used].repeat_interleave(x.shape[1]), settings.ridge,
+            rows_read, targets[used].flatten(0, 1), prompt_weights[used].repeat_interleave(x.shape[1]), settings.ridge, gram,
         )
         factors[name] = Factor((-settings.alpha * rows.double().mT).float().numpy(), gate.float().numpy())
         progress(1)
@@ -89,16 +94,18 @@ def gated(
     })
 
 
-def ridge_gate(inputs: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor, ridge: float) -> torch.Tensor:
+def ridge_gate(
+    inputs: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor, ridge: float, gram: torch.Tensor | None = None,
+) -> torch.Tensor:
     """G float64 [k, d_in] that minimizes Σ wᵢ |G xᵢ − tᵢ|² + λ |G|², λ = ridge · Σ wᵢ |xᵢ|² / n, weights scaled to mean 1.
 
-    `inputs` is [n, d_in], `targets` [n, k], `weights` [n] (positive). Solved in sample space, where the system is n × n and not
-    d_in × d_in: with X = √w x and T = √w t, Gᵀ = Xᵀ (X Xᵀ + λ 1)⁻¹ T, the same G as (Xᵀ X + λ 1) Gᵀ = Xᵀ T. Raises ValueError when
-    all inputs are zero.
+    `inputs` is [n, d_in], `targets` [n, k], `weights` [n] (positive), `gram` the inputs' products with each other,
+    float64 [n, n], where they are known. Solved in sample space, where the system is n × n and not d_in × d_in: with X = √w x and
+    T = √w t, Gᵀ = Xᵀ (X Xᵀ + λ 1)⁻¹ T, the same G as (Xᵀ X + λ 1) Gᵀ = Xᵀ T. Raises ValueError when all inputs are zero.
     """
     root = (weights.double() / weights.double().mean()).sqrt()[:, None]
     x, t = inputs.double() * root, targets.double() * root
-    gram = x @ x.mT
+    gram = x @ x.mT if gram is None else root * gram * root.mT
     penalty = ridge * gram.diagonal().mean()
     if penalty <= 0:
         raise ValueError("all inputs are zero; there is nothing to gate on")

@@ -68,6 +68,14 @@ class OpeningProbe:
                 found[prompt] = max(min(map(_margin, rows, opening)) for rows, opening in zip(logits, self._openings, strict=True))
         return found
 
+    @torch.no_grad()
+    def first_logits(self) -> torch.Tensor:
+        """For each prompt the logits of the answer's first token, float32 [n, vocabulary]."""
+        found: dict[int, torch.Tensor] = {}
+        for batch in self._batches:
+            found |= {prompt: logits[0][0] for prompt, logits in self._logits(batch)}
+        return torch.stack([found[prompt] for prompt in range(self._count)])
+
     def odds_gradients(self, names: Collection[str]) -> dict[str, torch.Tensor]:
         """By tensor name the gradient float32 [d_out] of the mean log-odds of a refusal.
 

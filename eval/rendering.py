@@ -25,18 +25,26 @@ from .runs import HARMFUL_ANSWER_CHARACTERS
 _TEMPLATES = Path(__file__).parent / "templates"
 
 
-def render_page(template: str, context: Mapping[str, Any]) -> str:
-    """The HTML page of `template`, style and script in it, every value escaped. The same context, the same text."""
-    style, script = (_TEMPLATES.joinpath(name).read_text(encoding="utf-8").strip() for name in ("report.css", "report.js"))
-    policy = f"default-src 'none'; style-src {_source_hash(style)}; script-src {_source_hash(script)}; base-uri 'none'; form-action 'none'"
+def render_page(template: str, context: Mapping[str, Any], *, script: str = "report.js", more_style: str | None = None) -> str:
+    """The HTML page of `template`, style and script in it, every value escaped. The same context, the same text.
+
+    `script` and `more_style` (beside the style that all pages share) are names of files beside the templates.
+    """
+    style = "\n".join(map(_file, ["report.css", *([more_style] if more_style else [])]))
+    code = _file(script)
+    policy = f"default-src 'none'; style-src {_source_hash(style)}; script-src {_source_hash(code)}; base-uri 'none'; form-action 'none'"
     return _environment(autoescape=True).get_template(template).render(
-        {**_COMMON, **context}, style=Markup(style), script=Markup(script), policy=policy,
+        {**_COMMON, **context}, style=Markup(style), script=Markup(code), policy=policy,
     )
 
 
 def render_text(template: str, context: Mapping[str, Any]) -> str:
     """The GitHub-flavoured Markdown of `template`, every value escaped. The same context, the same text."""
     return _environment(autoescape=False, finalize=_markdown).get_template(template).render({**_COMMON, **context})
+
+
+def _file(name: str) -> str:
+    return _TEMPLATES.joinpath(name).read_text(encoding="utf-8").strip()
 
 
 def _environment(**options: Any) -> jinja2.Environment:

@@ -70,6 +70,19 @@ def test_the_gate_scales_against_its_inputs_and_not_with_its_weights(seed: int, 
     torch.testing.assert_close(ridge_gate(inputs, targets, (weights.abs() + 0.1) * scale, 0.05), gate)
 
 
+@pytest.mark.parametrize("positions", [1, 3])
+def test_products_of_inputs_are_computed_once_and_serve_other_settings(positions: int) -> None:
+    grams: dict[str, torch.Tensor] = {}
+    for chosen in (GatedSettings(), GatedSettings(alpha=0.5, ridge=0.3, complied_weight=2.0)):
+        kept, anew = fit(chosen, positions=positions, grams=grams), fit(chosen, positions=positions)
+        for name in NAMES:
+            np.testing.assert_allclose(kept.factors[name].delta(), anew.factors[name].delta(), rtol=1e-4, atol=1e-6)
+    assert set(grams) == set(NAMES)
+    first = dict(grams)
+    fit(positions=positions, grams=grams)
+    assert all(grams[name] is first[name] for name in NAMES)
+
+
 def test_inputs_of_nothing_but_zeros() -> None:
     with pytest.raises(ValueError, match="zero"):
         ridge_gate(torch.zeros(3, 4), torch.zeros(3, 1), torch.ones(3), 0.1)
