@@ -225,7 +225,8 @@ def test_picking_a_trial_gives_the_same_bytes_and_an_edit_that_bakes(bench: Benc
     for trial in bench.found.results.front[:2]:
         made = bench.pick(trial, tmp_path / "edit.safetensors")
         again = bench.pick(trial, tmp_path / "again.safetensors")
-        assert sha256_of_file(tmp_path / "edit.safetensors") == sha256_of_file(tmp_path / "again.safetensors") == made.sha256 == again.sha256
+        files = {sha256_of_file(tmp_path / f"{name}.safetensors") for name in ("edit", "again")}
+        assert files == {made.sha256} == {again.sha256}
         assert made.recipe["search"]["trial"] == trial
         assert made.recipe["method"] == bench.found.results.trial(trial).parameters["method"]
         baked = CliRunner().invoke(app, [
@@ -301,7 +302,8 @@ def test_a_study_of_another_search_is_refused(bench: Bench, tmp_path: Path) -> N
 def test_storages_that_are_none(bench: Bench, tmp_path: Path) -> None:
     (tmp_path / "text").write_text("something else\n" * 3)
     for storage, reason in (
-        (tmp_path / "text", "no storage of trials"), (tmp_path / "missing" / "file", "cannot write"), (f"sqlite:///{tmp_path}/text", "sqlite database"),
+        (tmp_path / "text", "no storage of trials"), (tmp_path / "missing" / "file", "cannot write"),
+        (f"sqlite:///{tmp_path}/text", "sqlite database"),
         ("nosuch://me:secret@host/name", "nosuch database"), ("postgresql://me:secret@localhost:1/name", "postgresql database"),
     ):
         line = _complaint(bench.words(tmp_path / "out", "--storage", str(storage)))
@@ -337,7 +339,8 @@ def test_edits_that_break_the_model_do_not_count_and_end_the_search(bench: Bench
 
 @pytest.mark.parametrize(
     ("values", "reason"),
-    [({"trials": 0}, "trials"), ({"seed": -1}, "seed"), ({"calibrate": -1}, "calibrate"), ({"methods": ()}, "no method"), ({"study": ""}, "name"),
+    [({"trials": 0}, "trials"), ({"seed": -1}, "seed"), ({"calibrate": -1}, "calibrate"), ({"methods": ()}, "no method"),
+     ({"study": ""}, "name"),
      ({"methods": (Method.DISTILL,)}, "cannot search over distill"), ({"calibrate_tokens": 0}, "calibrate_tokens")],
 )
 def test_settings_out_of_range(values: dict[str, Any], reason: str) -> None:
@@ -355,6 +358,8 @@ def test_all_settings_choose_blocks_that_the_model_has(blocks: int, ranks: int, 
             self.params: dict[str, Any] = {}
 
         def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
+            assert low < high
+            assert not log or low > 0
             return self.params.setdefault(name, generator.uniform(low, high))
 
         def suggest_int(self, name: str, low: int, high: int) -> int:
