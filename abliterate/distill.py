@@ -83,7 +83,7 @@ class DistillSettings:
             raise ValueError("decay and complied_share must be above 0 and at most 1, learning_rate between 0 and 1")
 
     def weight(self, role: Role) -> float:
-        """The role's weight in the loss."""
+        """The weight in the loss of a role that the base's answers give."""
         return {
             Role.OVER_REFUSED: self.over_refused_weight, Role.COMPLIED: self.complied_weight, Role.KEPT_REFUSED: self.complied_weight,
             Role.HARMFUL_REFUSED: self.harmful_weight, Role.HARMFUL_COMPLIED: self.repair_weight,
@@ -113,11 +113,13 @@ def distill(
 ) -> Edit:
     """Train an edit on `prompts` that takes the refusals of the categories `removed` away, and keep the state best on `validation`.
 
-    `model` is a `LoadedModel`; its module is left as it was. The recipe records the settings, the twin's layer and every check. The
-    same inputs, seed (`origin.seed`), thread count and machine give the same edit.
+    `model` is a `LoadedModel`; its module is left as it was. Prompts the base was not asked teach nothing: a lesson is an answer. The
+    recipe records the settings, the twin's layer and every check. The same inputs, seed (`origin.seed`), thread count and machine
+    give the same edit.
     Raises `TrailmedError` when the base over-refuses nothing in the removed categories, or its refusal does not yield to ablation.
     """
     module, end_ids = model.module, model.tokenizer.eos_ids
+    prompts = [prompt for prompt in prompts if prompt.asked]
     roles = [role_of(prompt, removed) for prompt in prompts]
     over_refused = [prompt.token_ids for prompt, role in zip(prompts, roles, strict=True) if role is Role.OVER_REFUSED]
     if not over_refused:

@@ -200,7 +200,7 @@ def test_every_setting_says_what_it_does() -> None:
 
 def test_every_role_has_its_weight() -> None:
     chosen = DistillSettings(over_refused_weight=2.0, complied_weight=3.0, harmful_weight=4.0, repair_weight=5.0)
-    assert [chosen.weight(role) for role in Role] == [2.0, 3.0, 3.0, 4.0, 5.0]
+    assert [chosen.weight(role) for role in Role if role is not Role.UNASKED] == [2.0, 3.0, 3.0, 4.0, 5.0]
 
 
 # A model trained to refuse three words, one of them rightly, and to answer all else with the prompt's first word.
