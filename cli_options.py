@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import fields
 from enum import StrEnum
 from functools import wraps
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Annotated, Any, ParamSpec
 import typer
 
 from .errors import EXIT_BAD_INPUT, TrailmedError
-from .settings import RunSettings
+from .settings import RunSettings, described
 
 EXIT_INTERRUPTED = 130
 
@@ -42,11 +41,6 @@ def friendly(command: Callable[P, None]) -> Callable[P, None]:
             sys.stderr.close()
             raise typer.Exit(0) from None
     return run_command
-
-
-def described(settings: type, name: str) -> str:
-    """The description that the setting carries."""
-    return next(str(entry.metadata["help"]) for entry in fields(settings) if entry.name == name)
 
 
 def print_json(value: object) -> None:

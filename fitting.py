@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -79,12 +80,8 @@ def read_observed(model: LoadedModel, prompts: Sequence[Prompt], path: Path) -> 
     if [record.id for record in records] != [prompt.id for prompt in prompts]:
         raise TrailmedError(f"{path}: holds the answers to other prompts; remove it and run again")
     return [
-        Observed(
-            id=prompt.id, category=prompt.category, should_refuse=prompt.category is Category.SHOULD_REFUSE,
-            token_ids=tuple(encode(model, prompt)), answer=tuple(record.answer), refused=record.verdict is Verdict.REFUSAL,
-            scenario=prompt.scenario,
-        )
-        for prompt, record in zip(prompts, records, strict=True)
+        replace(observed, answer=tuple(record.answer), refused=record.verdict is Verdict.REFUSAL, asked=True)
+        for observed, record in zip(unasked(model, prompts), records, strict=True)
     ]
 
 

@@ -13,6 +13,7 @@ from .abliterate.proxy import Measured
 from .errors import TrailmedError
 from .eval.agreement import agreement
 from .eval.compare import CONFIDENCE
+from .eval.document import first_fault
 from .eval.judge import Verdict
 from .eval.wording import percent
 from .files import read_json
@@ -54,10 +55,14 @@ class Objectives(_Stored):
         """Harmful prompts refused; to be high."""
         return self.harmful_refused / self.harmful
 
+    @property
+    def costs(self) -> tuple[float, float, float]:
+        """The three objectives, each to be low."""
+        return self.benign_share, -self.harmful_share, self.kl
+
     def dominates(self, other: Objectives) -> bool:
         """At least as good in all of the three objectives, and better in one."""
-        mine, theirs = ((each.benign_share, -each.harmful_share, each.kl) for each in (self, other))
-        return mine != theirs and all(one <= two for one, two in zip(mine, theirs, strict=True))
+        return self.costs != other.costs and all(one <= two for one, two in zip(self.costs, other.costs, strict=True))
 
 
 class TrialRecord(_Stored):
@@ -139,7 +144,7 @@ class SearchResults(_Stored):
         try:
             return cls.model_validate(document)
         except ValidationError as error:
-            raise TrailmedError(f"{path}: not the results of a search ({error.errors()[0]['msg']}); run the search again") from error
+            raise TrailmedError(f"{path}: not the results of a search ({first_fault(error)}); run the search again") from error
 
     def trial(self, number: int) -> TrialRecord:
         """The complete trial of this number. Raises `TrailmedError` when there is none."""
@@ -155,13 +160,10 @@ def pareto_front(trials: Sequence[TrialRecord]) -> tuple[int, ...]:
     Of trials with the same three figures the first stands for all.
     """
     complete = [(each.objectives, each.number) for each in trials if each.objectives is not None]
-    ranked = sorted(complete, key=lambda each: (each[0].benign_share, -each[0].harmful_share, each[0].kl, each[1]))
+    ranked = sorted(complete, key=lambda each: (each[0].costs, each[1]))
     found: list[tuple[Objectives, int]] = []
     for objectives, number in ranked:
-        same = any((each.benign_share, each.harmful_share, each.kl) == (
-            objectives.benign_share, objectives.harmful_share, objectives.kl,
-        ) for each, _ in found)
-        if not same and not any(each.dominates(objectives) for each, _ in found):
+        if not any(each.costs == objectives.costs or each.dominates(objectives) for each, _ in found):
             found.append((objectives, number))
     return tuple(number for _, number in found)
 

@@ -19,10 +19,11 @@ from .abliterate.factors import Pairs, attached
 from .abliterate.observed import Observed, evenly_spread
 from .abliterate.proxy import Measured, Proxy
 from .abliterate.teacher import refusal_openings
-from .abliterate.validation import telling
+from .abliterate.validation import by_kind, telling
 from .device.system import physical_cores
 from .editing import RETAIN_ASKED, EditJob, Stage
 from .errors import TrailmedError
+from .eval.document import first_fault
 from .eval.prompts import Category, Prompt
 from .files import lock_folder, read_json, sha256_of_json, write_json_atomically, write_text_atomically
 from .fitting import is_refusal, observe, origin_of, read_observed, sampled_scenarios
@@ -273,11 +274,7 @@ def _calibrated(job: _SearchJob, trial: int, factors: Pairs, tokens: int, advanc
             model.module, [prompt.token_ids for prompt in prompts], tokens, model.tokenizer.eos_ids, progress=advance,
         )
     judged = [is_refusal(model, answer) for answer in answers]
-    benign, harmful = (
-        Tally.of(*(
-            [word for word, prompt in zip(words, prompts, strict=True) if prompt.should_refuse is kind] for words in (judged, told)
-        )) for kind in (False, True)
-    )
+    benign, harmful = (Tally.of(*words) for words in zip(by_kind(prompts, judged), by_kind(prompts, told), strict=True))
     return Calibration.of(trial, tokens, benign, harmful)
 
 
@@ -297,7 +294,7 @@ def _kept_facts(path: Path) -> _KeptFacts:
     try:
         return _KeptFacts.model_validate(document)
     except ValidationError as error:
-        raise TrailmedError(f"{path}: not the record of a search ({error.errors()[0]['msg']}); name the folder of one") from error
+        raise TrailmedError(f"{path}: not the record of a search ({first_fault(error)}); name the folder of one") from error
 
 
 def _study_module() -> Any:

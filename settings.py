@@ -12,6 +12,11 @@ from .errors import TrailmedError
 from .eval.prompts import BENIGN_CATEGORIES, Category
 
 
+def described(settings: type, name: str) -> str:
+    """The description that the setting carries."""
+    return next(str(entry.metadata["help"]) for entry in fields(settings) if entry.name == name)
+
+
 class Method(StrEnum):
     """The ways an edit is made (DESIGN §5)."""
 
@@ -136,11 +141,6 @@ class RetentionSettings:
                     raise TrailmedError(f"{name}: {value:g} is not a positive number")
 
 
-def _of_edit(name: str) -> dict[str, str]:
-    """What `EditSettings` says of its field `name`."""
-    return {"help": next(str(entry.metadata["help"]) for entry in fields(EditSettings) if entry.name == name)}
-
-
 SEARCHED = (Method.CONDITIONAL, Method.GATED, Method.PROJECT)
 """Made in closed form, in seconds; a distilled edit takes minutes, and `biproject` cannot be worn by a running module."""
 
@@ -149,8 +149,8 @@ SEARCHED = (Method.CONDITIONAL, Method.GATED, Method.PROJECT)
 class SearchSettings:
     """What `trailmed search` looks for, and how long; each field is an option. Raises `TrailmedError` for values out of range."""
 
-    remove: tuple[Category, ...] = field(default=BENIGN_CATEGORIES, metadata=_of_edit("remove"))
-    keep: tuple[Category, ...] = field(default=(), metadata=_of_edit("keep"))
+    remove: tuple[Category, ...] = field(default=BENIGN_CATEGORIES, metadata={"help": described(EditSettings, "remove")})
+    keep: tuple[Category, ...] = field(default=(), metadata={"help": described(EditSettings, "keep")})
     methods: tuple[Method, ...] = field(
         default=SEARCHED, metadata={"help": "methods to choose from; repeat it (default: conditional, gated, project)"},
     )

@@ -33,7 +33,7 @@ from .opening import OpeningProbe
 from .origin import EditOrigin
 from .reading import STEEPNESS, Rows, class_of, elsewhere, fitted_rows, folds
 from .teacher import refusal_openings
-from .validation import telling
+from .validation import both_kinds, by_kind, refusal_counts, telling
 
 _SAMPLED = 64
 """Prompts the gradient is the mean of."""
@@ -87,7 +87,7 @@ class ConditionalFit:
         self, model: Any, prompts: Sequence[Observed], removed: Collection[str], layers: range, *, progress: bool = True,
     ) -> None:
         module = model.module
-        self.module, self.prompts, self.removed, self.layers = module, prompts, frozenset(removed), layers
+        self.module, self.prompts, self.removed = module, prompts, frozenset(removed)
         roles = [role_of(prompt, removed) for prompt in prompts]
         if Role.OVER_REFUSED not in roles:
             raise TrailmedError("the base refuses none of the fit prompts of the categories to remove; there is nothing to edit")
@@ -153,17 +153,10 @@ class View:
             return self.probe.margins()
 
     def counts(self, margins: Sequence[float]) -> Counts:
-        benign, harmful = self._by_kind(margins)
-        return Counts(sum(each > 0 for each in benign), len(benign), sum(each > 0 for each in harmful), len(harmful))
+        return refusal_counts(self.prompts, [each > 0 for each in margins])
 
     def separation(self, margins: Sequence[float]) -> float:
-        return separation(*self._by_kind(margins))
-
-    def _by_kind(self, margins: Sequence[float]) -> tuple[list[float], list[float]]:
-        benign, harmful = (
-            [margin for prompt, margin in zip(self.prompts, margins, strict=True) if prompt.should_refuse is kind] for kind in (False, True)
-        )
-        return benign, harmful
+        return separation(*by_kind(self.prompts, margins))
 
 
 def conditional(
@@ -181,7 +174,7 @@ def conditional(
     """
     layers = settings.layers(len(model.module.model.layers))
     fit = ConditionalFit(model, prompts, removed, layers, progress=progress)
-    asked, held_back = evenly_spread(telling(crossed, removed), _ASKED), _both_kinds(telling(validation, removed))
+    asked, held_back = evenly_spread(telling(crossed, removed), _ASKED), both_kinds(telling(validation, removed), _ASKED)
     with progress_bar("the line (prompts asked, at most)", MOST_COUNTS * (len(asked) + len(held_back)), enabled=progress) as advance:
         watched = fit.view(fit.rows(settings, layers), held_back)
         views = [watched] + [
@@ -210,12 +203,6 @@ def conditional(
             "roles": {str(role): fit.roles[role] for role in Role}, "dtype": str(model.module.dtype).removeprefix("torch."),
         },
     )
-
-
-def _both_kinds(prompts: Sequence[Observed]) -> list[Observed]:
-    """An even sample of the benign and of the harmful ones, for a line is drawn as well by some hundred of each as by all."""
-    kinds = [[prompt for prompt in prompts if prompt.should_refuse is kind] for kind in (False, True)]
-    return [prompt for of_kind in kinds for prompt in evenly_spread(of_kind, _ASKED)]
 
 
 def _inputs(

@@ -17,6 +17,7 @@ from .calibrate import Counts, separation
 from .factors import Pairs, attached
 from .observed import Observed, evenly_spread
 from .opening import OpeningProbe
+from .validation import both_kinds, by_kind, refusal_counts
 
 ASKED = 128
 """Prompts of either kind, and everyday ones, at most."""
@@ -42,8 +43,7 @@ class Proxy:
     def __init__(
         self, module: Any, prompts: Sequence[Observed], controls: Sequence[Observed], openings: Sequence[Sequence[int]], first_block: int,
     ) -> None:
-        kinds = [[prompt for prompt in prompts if prompt.should_refuse is kind] for kind in (False, True)]
-        self.prompts = [prompt for of_kind in kinds for prompt in evenly_spread(of_kind, ASKED)]
+        self.prompts = both_kinds(prompts, ASKED)
         self._module = module
         self._probe = OpeningProbe(module, [prompt.token_ids for prompt in self.prompts], openings, first_block)
         # Only the first token is asked for, so a single token of an opening will do.
@@ -61,11 +61,8 @@ class Proxy:
         with attached(self._module, factors):
             margins = self._probe.margins()
             edited = self._everyday.first_logits()
-        benign, harmful = (
-            [margin for prompt, margin in zip(self.prompts, margins, strict=True) if prompt.should_refuse is kind] for kind in (False, True)
-        )
-        counts = Counts(sum(each > 0 for each in benign), len(benign), sum(each > 0 for each in harmful), len(harmful))
-        return Measured(counts, mean_kl(self._base, edited), separation(benign, harmful))
+        counts = refusal_counts(self.prompts, [margin > 0 for margin in margins])
+        return Measured(counts, mean_kl(self._base, edited), separation(*by_kind(self.prompts, margins)))
 
 
 def mean_kl(base: torch.Tensor, edited: torch.Tensor) -> float:

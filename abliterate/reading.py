@@ -34,6 +34,14 @@ class Rows(NamedTuple):
     one: torch.Tensor
 
 
+class Wanted(NamedTuple):
+    """What a row shall read: `targets` float32 [n] at the prompts' last tokens, `elsewhere` at other tokens; and its regularization."""
+
+    targets: torch.Tensor
+    elsewhere: float
+    ridge: float
+
+
 def class_of(prompt: Observed, removed: Collection[str]) -> str:
     """`HARMFUL`, `BENIGN` for the categories `removed`, else the prompt's category."""
     if prompt.should_refuse:
@@ -49,13 +57,12 @@ def fitted_rows(inputs: torch.Tensor, others: torch.Tensor, classes: Sequence[st
     latter two read is fitted as the gate lets it through (`opened`): a gate that is half open counts half.
     """
     harm = torch.tensor([_READINGS.get(each, 0.0) for each in classes])
-    gate = ridge_row(inputs, others, classes, 2.0 * harm.abs() - 1.0, -1.0, 1.0, gate_ridge)
+    [gate] = ridge_rows(inputs, others, classes, 1.0, [Wanted(2.0 * harm.abs() - 1.0, -1.0, gate_ridge)])
     through, through_elsewhere = (opened(x @ gate)[:, None] * x for x in (inputs, others))
-    return Rows(
-        gate,
-        ridge_row(through, through_elsewhere, classes, harm, 0.0, _ELSEWHERE_WEIGHT, ridge),
-        ridge_row(through, through_elsewhere, classes, torch.ones(len(classes)), 0.0, _ELSEWHERE_WEIGHT, _CONSTANT_RIDGE),
-    )
+    return Rows(gate, *ridge_rows(
+        through, through_elsewhere, classes, _ELSEWHERE_WEIGHT,
+        [Wanted(harm, 0.0, ridge), Wanted(torch.ones(len(classes)), 0.0, _CONSTANT_RIDGE)],
+    ))
 
 
 def opened(gate: torch.Tensor) -> torch.Tensor:
@@ -63,11 +70,10 @@ def opened(gate: torch.Tensor) -> torch.Tensor:
     return functional.silu(STEEPNESS * gate) / STEEPNESS
 
 
-def ridge_row(
-    inputs: torch.Tensor, others: torch.Tensor, classes: Sequence[str], targets: torch.Tensor, elsewhere: float, weight: float,
-    ridge: float,
-) -> torch.Tensor:
-    """The row a, float32 [d], with a·x near `targets` [n] for x of `inputs` [n, d] and near `elsewhere` for x of `others` [m, d].
+def ridge_rows(
+    inputs: torch.Tensor, others: torch.Tensor, classes: Sequence[str], weight: float, wanted: Sequence[Wanted],
+) -> list[torch.Tensor]:
+    """For each of `wanted` the row a, float32 [d], with a·x near its targets for x of `inputs` [n, d] and of `others` [m, d].
 
     Minimizes Σ w (a·x − target)² + ridge · v · |a|²: the weights w of each class's prompts sum to 1, those of the others to `weight`, and v
     is the mean square distance of `inputs` from their mean.
@@ -78,11 +84,15 @@ def ridge_row(
         torch.full((len(others),), weight / max(1, len(others)), dtype=torch.float64),
     ])
     x = torch.cat([inputs, others]).double()
-    wanted = torch.cat([targets.double(), torch.full((len(others),), elsewhere, dtype=torch.float64)])
     moment = (x * weights[:, None]).mT @ x
-    moment.diagonal().add_(ridge * float((inputs.double() - inputs.double().mean(0)).square().sum(1).mean()) or 1.0)
-    row: torch.Tensor = torch.linalg.solve(moment, x.mT @ (weights * wanted))
-    return row.float()
+    variance = float((inputs.double() - inputs.double().mean(0)).square().sum(1).mean())
+    rows = []
+    for each in wanted:
+        targets = torch.cat([each.targets.double(), torch.full((len(others),), each.elsewhere, dtype=torch.float64)])
+        penalized = moment.clone()
+        penalized.diagonal().add_(each.ridge * variance or 1.0)
+        rows.append(torch.linalg.solve(penalized, x.mT @ (weights * targets)).float())
+    return rows
 
 
 def folds(prompts: Sequence[Observed]) -> list[set[str]]:
